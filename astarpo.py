@@ -1,0 +1,3191 @@
+"""astarpo: teach a language model to reason about mathematics, in one file.
+
+THE STORY.  A language model (the *policy*, pi) is given a problem x and writes a response y. A
+program checks the final answer: reward r(x, y) = 1 if it is right and 0 if not. Nobody shows the
+model how to solve anything; it tries, is told right or wrong, and changes. Two papers make this
+simple enough for one file:
+
+* A*-PO ("Accelerating RL for LLM Reasoning with Optimal Advantage Regression", arXiv 2505.20686)
+  turns reinforcement learning into least squares. No critic, no groups of samples, no clipping.
+* PAG ("PAG: Multi-Turn Reinforced LLM Self-Correction with Policy as Generative Verifier",
+  arXiv 2506.10406) lets the same model solve, then check itself, and revise only if its own check
+  says that the answer is wrong.
+
+THE MATHEMATICS.  We want reward, but not at any price: the policy should stay near the model that
+we started from, the frozen *reference* pi_ref. With beta > 0 the price of leaving it:
+
+  (1)  maximise over pi    E_{y ~ pi} [ r(x, y) ]  -  beta * KL( pi(.|x) || pi_ref(.|x) )
+
+For one problem x this has an answer in closed form. Write the objective as
+-beta * KL(pi || pi*) + V*(x) and read off that it is largest at pi = pi*, where
+
+  (2)  pi*(y|x) = pi_ref(y|x) * exp( (r(x, y) - V*(x)) / beta )
+  (3)  V*(x)    = beta * log E_{y ~ pi_ref} [ exp( r(x, y) / beta ) ]       (makes pi* sum to 1)
+
+pi* cannot be computed (the sum runs over all responses), but take the logarithm of (2):
+
+  (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
+
+The right side is the *optimal advantage*: how much better this response is than the best policy
+does on average. (That is the A* in the name. It has nothing to do with A* search.) The left side is
+something that our policy can compute for any response. So A*-PO is two stages:
+
+  Stage 1, once, offline: N = 8 responses a problem from pi_ref, and from their rewards
+  (5)  V^*(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
+  Stage 2, on-policy: ONE response y a problem from the present policy, and a step down the square
+  (6)  loss = ( beta2 * log( pi(y|x) / pi_ref(y|x) )  -  ( r(x, y) - V^*(x) ) )^2,   beta2 = 0.001
+
+PAG plays a dialogue with the same model, and A*-PO trains each of its turns as a response:
+
+  turn 1, solve :  reward 1 if the answer is right
+  turn 2, verify:  reward 1 if the verdict, "The answer is correct." or "... wrong.", is true
+  turn 3, revise:  only after the verdict "wrong";  reward acc2 + alpha * (acc2 - acc1),  alpha = 1
+
+THE SYMBOLS.  Each equation has one place in the code, with the same letters:
+
+  paper            here                      where
+  x, y             problem, response         Problem, Turn
+  r(x, y)          reward                    verify(), dialogue_rewards()
+  pi, pi_ref       policy, ref               load_policy(), freeze()
+  log pi(y|x)      logp, ref_logp            turn_logps()
+  V^*(x), (5)      v_star                    estimate_v_star()
+  (6)              loss                      astarpo_loss()
+  beta1, beta2     beta1, beta2              Config
+  N                num_samples               Config, stage_one()
+  acc1, acc2       correct[0], correct[1]    Dialogue
+  alpha            alpha                     Config, dialogue_rewards()
+
+CONTENTS.  Part I is the lesson; read it from here to the end, in one evening. Part II is the
+appendix: what the lesson needs around it.
+
+  Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
+            6 sampling      7 V*          8 the loss  9 PAG's turns
+           10 training     11 evaluation   12 how sure can we be?
+  Part II   A errors and progress   B loading and saving   C the algebra of answers
+            D the report            E how sure can we be?  F watching a run
+            G our own problems      H the base model       I the command line
+
+RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
+            python astarpo.py eval
+            python astarpo.py solve "What is 47 * 36?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import cmath
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import textwrap
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+HERE = Path(__file__).resolve().parent
+
+# ==================================================================================================
+# Part I: the lesson
+# ==================================================================================================
+
+# --- 1. The options -------------------------------------------------------------------------------
+# Every number that a run depends on is a field of Config: the command line, its help and a run's
+# config.json are all made from this one list. Where the papers give a value, it is the default. The
+# exceptions are the sizes (steps, batch, lengths, learning rate), which fit the small base model
+# that comes with this file; the README gives those for a real one.
+
+
+def option(
+    default: Any, text: str, low: float = 0, high: float = math.inf, choices: Sequence[str] = ()
+) -> Any:
+    """A Config field that carries its own help text and the values that make sense."""
+    limits = {"low": low, "high": high, "choices": choices}
+    return field(default=default, metadata={"help": text, **limits})
+
+
+@dataclass
+class Config:
+    """All options of a run. `train(Config(steps=10))` is `python astarpo.py train --steps 10`."""
+
+    model: str = option("data/base", "the model to start from: a folder or a hub id")
+    train_data: str = option("data/train.jsonl", "JSONL file, folder or hub id to train on")
+    eval_data: str = option("data/test.jsonl", "JSONL file, folder or hub id of held-out problems")
+    out: str = option("", "new folder for the results (default: runs/<date-time>)")
+    seed: int = option(0, "seed of every random choice", high=2**63 - 1)
+    steps: int = option(40, "stage 2: number of rollout batches")
+    batch_size: int = option(64, "stage 2: problems a batch, one dialogue each", low=1)
+    minibatches: int = option(1, "updates a batch; more than 1 is off-policy (paper: 2)", low=1)
+    lr: float = option(3e-4, "AdamW's learning rate after warm-up", high=1)
+    warmup: int = option(3, "updates over which the learning rate rises to --lr")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", low=1e-9)
+    beta1: float = option(0.5, "temperature of V* in (5), in units of reward", low=1e-6)
+    beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", low=1e-9)
+    num_samples: int = option(8, "stage 1: responses a problem (N)", low=1)
+    baseline: str = option("vstar", "what is subtracted from r", choices=("vstar", "mean", "zero"))
+    drop_unsolved: bool = option(False, "leave out problems that no stage-1 sample solved")
+    v_star: str = option("", "reuse this v_star.jsonl of an earlier run instead of stage 1")
+    alpha: float = option(1.0, "PAG: weight of the change in a revision's reward")
+    revisions: int = option(1, "PAG: rounds of verify and revise; 0 is A*-PO alone", high=10)
+    max_prompt_tokens: int = option(256, "longer problems are left out (tokens)", low=1)
+    max_new_tokens: int = option(64, "longest response of one turn (tokens)", low=1)
+    temperature: float = option(1.0, "sampling temperature; 0 is greedy (eval only)", high=100)
+    train_limit: int = option(256, "use the first so many training problems (0: all)")
+    eval_limit: int = option(500, "evaluate on the first so many held-out problems (0: all)")
+    eval_every: int = option(0, "evaluate every so many updates and keep the best model (0: never)")
+    log_to: str = option("none", "send the metrics to", choices=("none", "tensorboard", "wandb"))
+    samples: int = option(1, "eval: dialogues a problem (K)", low=1)
+    top_p: float = option(1.0, "eval: sample from the likeliest tokens, so much in all", 1e-6, 1)
+    compare: str = option("", "eval: a second model, or run, on the same problems")
+    rollout_tokens: int = option(32768, "sampling: cells of key/value cache at a time", low=1)
+    update_tokens: int = option(8192, "update: tokens of one pass, with padding", low=1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = option("auto", "compute in", choices=("auto", "float32", "bfloat16", "float16"))
+    threads: int = option(0, "CPU threads (0: 1 below 10M parameters, else all)", high=1024)
+
+
+# --- 2. Problems ----------------------------------------------------------------------------------
+# A problem is a text and the answer that we can check. That is all the supervision there is: the
+# worked `solution` that many data sets carry is never shown to the policy. The schema is that of
+# MATH (Hendrycks et al. 2021); Part II, B reads the columns of other sets into it.
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. `index` is its line in the file: its identity in seeds, files and V*."""
+
+    index: int
+    problem: str
+    answer: str
+    solution: str = ""
+    level: int | None = None
+    subject: str = ""
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order in which epoch `epoch` visits n problems: the same for the same seed, always."""
+    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
+    """The `size` problems of update `step` (from 0), walking through reshuffled epochs.
+
+    >>> [p.index for p in batch_of_step([Problem(i, "", "") for i in range(3)], 1, 2, seed=0)]
+    [1, 2]
+    """
+    n, first = len(problems), step * size
+    places = ((first + i) // n for i in range(size))
+    return [problems[epoch_order(n, seed, e)[(first + i) % n]] for i, e in enumerate(places)]
+
+
+# --- 3. Answers: what did the model say, and is it what the book says? -----------------------------
+# The reward is 1 when the final answer of a sample means the same as the gold answer, else 0.
+# The two possible mistakes do not weigh the same. A false reject wastes one sample. A false
+# accept pays for something wrong, and a policy finds such a leak and drinks from it until that
+# is all it does. So wherever we do not understand a text, or would have to choose between two
+# readings (is 1/2x the half of x?), the answer is an honest False.
+#
+# Meanings are compared without a computer-algebra system: first structure (tuple against tuple,
+# set against set), then values. Rational values are exact. Roots, pi and their friends carry
+# more than twice as many digits as the answers have characters: n characters cannot spell a
+# number closer to sqrt(2) than about n digits, so no 1.41421356... passes for the root. Each
+# variable gets random numbers of both signs, seeded by the two texts; that two different
+# formulas agree at all points is as good as impossible (Schwartz and Zippel), and nobody can
+# aim at points that move with the aim.
+#
+# Promised: fractions, decimals, roots, powers, i, trigonometric and logarithmic values, algebra,
+# equations with terms moved across, inequalities as intervals, tuples, sets, lists, unions,
+# plus-minus, matrices, numbers in a base, words. Units, percent, degree and currency signs are
+# decoration. Deliberately not: tolerances (0.33 is not 1/3), unit conversion (5 cm and 5 m are
+# both 5), prose, calculus, factorials, |x|, merging of intervals, tuples as column vectors.
+#
+# Model output is hostile text. The limits bound every loop: whatever the text, a comparison
+# takes milliseconds; there is no eval, no timer, no thread.
+#
+# Three steps follow: find the answer, clean its spelling, compare. How a clean text is cut into
+# pieces and its values are computed is a small parser of the usual kind: Part II, C.
+
+MAX_ANSWER = 2_000  # characters; the longest gold in MATH has about 160
+MAX_TAIL = 20_000  # characters at the end in which "the answer is" is looked for
+MAX_DEPTH = 40  # brackets, roots and exponents inside each other
+MAX_BITS = 16_000  # of a numerator or denominator: 2^{4950} is a gold answer
+MAX_INEXACT = 400  # characters of both answers, if digits of roots are to be computed
+MAX_EXPONENT = 40  # with roots around, numbers stay in 10^-40 .. 10^40: a smaller term could drown
+MAX_STEPS = 5_000  # work for one comparison; a step is about four microseconds
+MAX_POINTS = 8  # both signs of three variables
+
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^]{}]*\]\s*)*|\\.|[{}]", re.DOTALL)
+PHRASE = re.compile(r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|####", re.IGNORECASE)
+
+
+class Unsure(Exception):
+    """The text is beyond the rules or beyond the limits: no claim of equality is made."""
+
+
+def extract_answer(text: str | None) -> str | None:
+    r"""Return the final answer in `text`: its last box, else what 'answer is' or #### announce.
+
+    >>> extract_answer(r"so \boxed{1}, no: \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    """
+    text = text or ""
+    last = max(text.rfind(box) for box in (r"\boxed", r"\fbox", r"\framebox"))
+    if last >= 0:
+        found = last_box(text[max(0, last - MAX_ANSWER) : last + 2 * MAX_ANSWER])
+        return found if len(found) <= MAX_ANSWER and found.strip("{} ") else None
+    tail = text[-MAX_TAIL:]
+    ends = [match.end() for match in PHRASE.finditer(tail)]
+    if not ends:
+        return None
+    rest = tail[ends[-1] :].lstrip("* \t\r\n")
+    line = re.match(r"(?:\\\[.*?\\\]|\$\$.*?\$\$)?[^\n]*", rest, re.DOTALL)[0]
+    line = re.split(r"[.!?]\**\s+(?=[A-Z])", line)[0][: MAX_ANSWER + 1]
+    line = line.lstrip("*$ \t").rstrip("*$.,;: \t\r\n")
+    line = line.removeprefix(r"\(").removeprefix(r"\[").removesuffix(r"\)").removesuffix(r"\]")
+    line = line.strip()
+    return line if 0 < len(line) <= MAX_ANSWER else None
+
+
+def last_box(text: str) -> str:
+    """Return what is inside the last outermost box; '' when it is empty or never closed."""
+    content, depth, start, inside = "", 0, 0, 0
+    for match in BOX.finditer(text):
+        if match[0] in "{}":
+            depth += 1 if match[0] == "{" else -1
+            if inside and depth < inside:
+                content, inside = text[start : match.start()], 0
+        elif len(match[0]) > 4 and not inside:
+            start = match.end()
+            if text[start : start + 1] == "{":
+                content, start, inside = "", start + 1, depth + 1
+            else:  # \boxed 5 has no braces: take the next word
+                content = re.match(r"[^\s$]*", text[start:])[0].rstrip(".,;")
+    return content.strip()
+
+
+# Cleaning: all spellings of a sign become one character, and what is only typography a space.
+SPELLINGS = r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \mathbf \mathit
+    \boldsymbol \! \, \; \: \> \quad \qquad \( \) \[ \] \$ \% ~ $ % € £ " | · \cdot \times \ast × ⋅ *
+    | - − – — | / \div ÷ ⁄ | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | < \lt | > \gt | ≠ \ne \neq
+    | ± \pm | ∓ \mp | ∪ \cup | ∈ \in | ∞ \infty | ° \circ \degree | π \pi | ( \langle ⟨ | ) \rangle ⟩
+    | \{ \lbrace | \} \rbrace | \{\} \emptyset \varnothing ∅ | … \ldots \dots | \overline \bar
+    | \frac \dfrac \tfrac \cfrac | \sqrt √ | \frac12 ½ | \frac13 ⅓ | \frac23 ⅔ | \frac14 ¼ | \frac34 ¾
+    | ^2 ² | ^3 ³ | \text \mbox \textbf \textit \textrm \textnormal \mathrm \operatorname"""
+PLAIN = {
+    old: new.replace("␣", " ")
+    for new, *olds in map(str.split, SPELLINGS.split("|"))
+    for old in olds
+}
+PLAIN |= {"\\ ": " "}
+SIGN = re.compile(r"\\(?:[a-zA-Z]+|.)|[^\sa-zA-Z0-9+\-(){},.=^_]", re.DOTALL)
+BARE_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
+REWRITES = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"\b([apAP])\.([mM])\b\.?", r"\1\2"),
+        (r"\\text\s*\{([^{}]*)\}", r'"\1"'),
+        (r"\\begin\s*\{[pb]matrix\}", "⟦"),
+        (r"\\end\s*\{[pb]matrix\}", "⟧"),
+        (r"\^\s*(?:\{\s*°\s*\}|°)", "°"),
+        (r"_\s*\{([0-9]+|\w)\}", r"_\1"),
+        (r"(?<=[0-9])\s*,\s+(?=[0-9])", ";"),  # 1, 250 is two numbers, 1,250 one
+        (r"(?<![0-9])([0-9]+)\s+([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
+        (r"\\frac\s*([0-9])", r"\\frac{\1}"),
+        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+        (  # 0.1\overline{6} is 0.10 + 6/90
+            r"(?<![0-9])([0-9]*\.([0-9]*))\\overline\s*\{([0-9]+)\}",
+            lambda m: rf"({m[1]}0+\frac{{{m[3]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}})",
+        ),
+        (r"\s+", " "),
+        (r"(?<![A-Za-z0-9.]) | (?![A-Za-z0-9.])", ""),
+        (  # 2\frac{1}{3} is two and a third; 2\frac{7}{3} has two readings and gets none
+            r"(?<![\w.^ })])([0-9]+)(\\frac\{([0-9]+)\}\{([0-9]+)\})",
+            lambda m: f"({m[1]}+{m[2]})" if int(m[3]) < int(m[4]) else f"?{m[0]}",
+        ),
+    )
+]
+
+
+def normalize_answer(answer: str | None) -> str:
+    r"""Return `answer` in the one spelling that `is_equiv` reads; text stands in "quotes".
+
+    >>> normalize_answer(r"$\left[ \dfrac12,\, 10{,}000 \pi \right)$.")
+    '[\\frac{1}{2};10000π)'
+    """
+    text = (answer or "").strip("* \t\r\n")
+    if len(text) > MAX_ANSWER:
+        return text  # too long to be read: it will equal itself and nothing else
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))", "", text)
+    text = text.replace("...", "…").replace("**", "^")
+    text = SIGN.sub(lambda sign: PLAIN.get(sign[0], sign[0]), text)
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    text = text.rstrip(" .,;:")
+    return BARE_THOUSANDS.sub(lambda m: m[0] if inside_brackets(m) else m[0].replace(",", ""), text)
+
+
+def inside_brackets(match: re.Match) -> bool:
+    """Say whether the commas separate: 31,250 is one number, (31,250) a pair."""
+    before = match.string[: match.start()]
+    return sum(map(before.count, ("(", "[", r"\{"))) > sum(map(before.count, (")", "]", r"\}")))
+
+
+# Comparing: `read_answer` (Part II, C) makes a Node of a clean text, that is a structure of smaller
+# answers, or a value. A value stays a list of tokens until a `Reader` computes it, with arithmetic
+# that counts its `Work`.
+class Node(NamedTuple):
+    """A piece of an answer; `tag` is the text of a value, the brackets of a row, a name."""
+
+    kind: str
+    tag: str = ""
+    parts: tuple[Node, ...] = ()
+    tokens: tuple[str, ...] = ()
+
+
+def is_equiv(predicted: str | None, gold: str | None) -> bool:
+    r"""Say whether two answers mean the same; when in doubt, they do not.
+
+    >>> is_equiv(r"\frac{\sqrt{2}}{2}", r"1/\sqrt2"), is_equiv("0.33", "1/3")
+    (True, False)
+    """
+    if not predicted or not gold or predicted.strip() == gold.strip():
+        return bool(predicted and gold and gold.strip())
+    a, b = sorted((normalize_answer(predicted), normalize_answer(gold)))
+    if max(len(a), len(b)) > MAX_ANSWER or not a.strip('"') or not b.strip('"'):
+        return False
+    if a.replace('"', "") == b.replace('"', ""):
+        return True
+    try:
+        return same(read_answer(a), read_answer(b), Work(a + b))
+    except Unsure:
+        return False
+
+
+def verify(text: str | None, gold: str | None) -> bool:
+    r"""Say whether the final answer of `text` equals `gold`: the reward of a sample.
+
+    >>> verify(r"Step by step: 282 + 1410 = \boxed{1692}", "1692"), verify("1692", "1692")
+    (True, False)
+    """
+    return is_equiv(extract_answer(text), gold)
+
+
+def same(a: Node, b: Node, work: Work) -> bool:
+    """Compare structures piece by piece, and values by computing them."""
+    work.spend(5)
+    if a.kind != b.kind and "label" in (a.kind, b.kind):  # x = 5 against 5
+        return same(*(node.parts[0] if node.kind == "label" else node for node in (a, b)), work)
+    if a.kind != b.kind:
+        return False
+    if a.kind in ("set", "union"):
+        return matched(a.parts, b.parts, work)
+    if a.kind == "value":
+        return prose(a.tag) == prose(b.tag) or agree(a, b, work)
+    if a.tag != b.tag or len(a.parts) != len(b.parts):
+        return False
+    if a.kind == "relation":
+        return agree(a, b, work)
+    return all(same(x, y, work) for x, y in zip(a.parts, b.parts))
+
+
+def matched(a: tuple[Node, ...], b: tuple[Node, ...], work: Work) -> bool:
+    """Pair off two unordered collections; x = 1, y = 2 is not simply 1, 2."""
+    labels = {node.tag if node.kind == "label" else "" for node in (*a, *b)}
+    if len(a) != len(b) or len(labels) > 2 and "" in labels:
+        return False
+    rest = list(b)
+    for x in a:
+        hit = next((i for i, y in enumerate(rest) if same(x, y, work)), None)
+        if hit is None:
+            return False
+        rest.pop(hit)
+    return True
+
+
+def prose(text: str) -> str:
+    """Fold the case and the spacing of words and times, but of nothing that may be algebra."""
+    if not re.fullmatch(r"(?=.*\")[\w\s.:'\"-]+", text):
+        return text
+    return re.sub(r"(?<![0-9])[\s\".]|[\s\".](?![0-9])", "", text.lower())
+
+
+def agree(a: Node, b: Node, work: Work) -> bool:
+    """Compare two values at random points, as real functions: where both are not real, skip."""
+    agreed = 0
+    for point in range(MAX_POINTS):
+        work.go_to(point)
+        try:
+            x, y = (Reader(node.tokens, work).whole() for node in (a, b))
+        except (Unsure, ArithmeticError, ValueError, IndexError):
+            return False
+        count = len(work.variables)
+        if count and x.im and y.im and not work.complex:
+            continue
+        error = 0 if work.exact else work.noise * max(1, abs(x.re), abs(x.im))
+        if work.extreme and not work.exact or max(abs(x.re - y.re), abs(x.im - y.im)) > error:
+            return False
+        agreed += 1
+        if not count or agreed > 2 and point + 2 > 2**count:
+            return count > 0 or a.kind == "value"
+    return agreed > 1
+
+
+# --- 4. Rewards -----------------------------------------------------------------------------------
+# For A*-PO alone the reward is `verify(response, answer)`, 1 or 0, and that is all. A dialogue in
+# PAG's manner has one more thing to read off a text: the verdict of the turn that checks. We take
+# the final sentence only, in exactly the words that the prompt asks for. A check that wanders on
+# after its verdict, or hedges it, has given none: None earns no reward and counts as a miss.
+VERDICT = re.compile(
+    r"""(?:^|[.!?:;,\n"'*]\s*)(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
+    r"""the\ answer\ is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"'\s]*$""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def parse_judgment(text: str) -> bool | None:
+    """The verdict that ends a check: True for correct, False for wrong, None for neither.
+
+    >>> parse_judgment("Check: 83, 73 differ. The answer is wrong."), parse_judgment("It is fine.")
+    (False, None)
+    """
+    found = VERDICT.search(text[-200:])
+    return None if found is None else found[1].lower() == "correct"
+
+
+def dialogue_rewards(
+    correct: Sequence[bool], verdicts: Sequence[bool | None], alpha: float
+) -> list[float]:
+    """Each turn's reward in the order of the turns: solve, verify, revise, verify, revise, ...
+
+    correct[k]: was attempt k right; verdicts[k]: what check k said of attempt k. As in PAG,
+    every turn is paid for what it did itself (no reward flows back from later turns), and a
+    revision also for what it changed: breaking a right answer costs alpha, mending earns it.
+
+    >>> dialogue_rewards([False, True], [False], alpha=1.0)    # wrong; "wrong"; mended
+    [0.0, 1.0, 2.0]
+    """
+    rewards = [float(correct[0])]
+    for k, verdict in enumerate(verdicts):
+        rewards.append(float(verdict == correct[k]))  # None == True and None == False are False
+        if k + 1 < len(correct):
+            rewards.append(correct[k + 1] + alpha * (correct[k + 1] - correct[k]))
+    return rewards
+
+
+# --- 5. The model ---------------------------------------------------------------------------------
+# The policy is an ordinary causal language model: it reads token ids and gives, at each place, a
+# score (logit) for every possible next token. The softmax of the scores is pi(next token | so far),
+# and the probability of a whole response is the product over its tokens. Chat models see a
+# conversation as one text with markers in it, written by the tokenizer's chat template:
+#
+#     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the math ...
+#      \--------- prompt --------------------------/\-- y1 -----/\--- bridge ------ ...
+#
+# One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
+# same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
+# between two responses the ids of the markers and of our next request: the *bridge*.
+
+# The requests, in PAG's words (its appendix). They are all that we ever say to the model.
+SOLVE_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+VERIFY_PROMPT = (
+    "Check the math solution step-by-step. If you find a mistake: state the wrong step, explain "
+    "why it's wrong, and end your response with 'The answer is wrong.'. If all steps are correct, "
+    "end your response with 'The answer is correct.'."
+)
+REVISE_PROMPT = (
+    "You indicated that your previous answer was wrong. Please reason step by step, and put your "
+    "final answer within \\boxed{}."
+)
+
+
+@dataclass
+class Policy:
+    """A language model with what is needed to talk to it. The reference is one as well."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]  # the tokens that end a response: a chat model can have several
+    device: torch.device
+    dtype: torch.dtype  # what the matrix products are computed in; the weights stay float32
+    top_p: float = 1.0  # evaluation may sample from the likeliest tokens alone; training may not
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Compute in self.dtype: float32 weights, so that an update of 1e-6 is not rounded off."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def prompt_ids(self, problem: Problem) -> list[int]:
+        """The first request, up to where the model's first response begins."""
+        return encode(self.tokenizer, render(self.tokenizer, [solve_request(problem)]))
+
+    def bridge_ids(self, request: str, ended: bool) -> list[int]:
+        """The ids between a response and the next one. A response that was cut off (not `ended`)
+        lacks its end token; then the bridge begins with it, forced and never scored."""
+        ids = encode(self.tokenizer, bridge_text(self.tokenizer, request))
+        return ids[1:] if ended and ids[0] in self.end_ids else ids
+
+
+def solve_request(problem: Problem) -> dict[str, str]:
+    """The message that asks for a solution."""
+    return {"role": "user", "content": SOLVE_PROMPT.replace("{problem}", problem.problem)}
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The conversation as text, up to where the assistant speaks next."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids. The template has already written every marker, so none is added here."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def bridge_text(tokenizer: Any, request: str) -> str:
+    """What the template writes after a response and before the next one, found with a stand-in.
+
+    Raises UsageError for a template that changes what was said before (some drop a model's earlier
+    thoughts): the policy would then be scored on a text that it did not write.
+    """
+    question = {"role": "user", "content": "Q"}
+    said = "<think>\nhm\n</think>\n\nA"
+    asked = [question, {"role": "assistant", "content": said}, {"role": "user", "content": request}]
+    before, after = render(tokenizer, [question]) + said, render(tokenizer, asked)
+    if not after.startswith(before):
+        raise UsageError(
+            "this model's chat template rewrites earlier turns, so later turns cannot extend the "
+            "same tokens; give the tokenizer another chat_template, or use --revisions 0"
+        )
+    return after[len(before) :]
+
+
+def load_policy(config: Config) -> Policy:
+    """Load any causal language model of the Hugging Face format, ready to be trained.
+
+    The model stays in eval mode for ever, also while it learns: dropout would make log pi differ
+    from log pi_ref before the first update, and (6) is a statement about exactly that difference.
+    """
+    device, dtype = choose_device(config.device, config.dtype)
+    model, tokenizer = open_model(config.model)
+    set_threads(config.threads, model)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
+    print(f"{torch.get_num_threads()} CPU thread(s)")
+    ends = model.generation_config.eos_token_id
+    ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
+    ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
+    return Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
+
+
+def freeze(policy: Policy) -> Policy:
+    """The reference pi_ref: the policy as it is now, copied, never to change."""
+    return dataclasses.replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))
+
+
+# --- 6. Sampling ----------------------------------------------------------------------------------
+# A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
+# or top-p: equation (6) speaks about the policy itself, not about a sharpened cousin of it. It is
+# also where the time goes. Four things make it fast, each of them exact:
+#
+# * a *cache* of keys and values, so that each new token costs one token's work. A dialogue keeps
+#   its cache from turn to turn: the next turn reads the bridge, not the whole conversation again;
+# * many rows at once. Rows differ in length, so the cache has holes; a mask says which cells are
+#   real, and the position of a token counts only the real ones before it;
+# * a row that has ended is taken out (*parked*) and put back for the next turn. Responses differ
+#   a lot in length, so most rows would otherwise wait for the longest;
+# * batches of similar length, within a budget of cache cells.
+#
+# Randomness is a pure function. The token at one place of one turn of one sample of one problem is
+# chosen by a number u in [0, 1) hashed from exactly those counters. So the order of batches does
+# not matter, no generator state needs to be saved, and a run can be repeated to the last digit.
+
+
+def uniform(*counters: Any) -> np.ndarray:
+    """Uniform numbers in [0, 1), a pure function of integer counters (arrays are broadcast).
+
+    Each counter is folded in with splitmix64's mixing steps (Steele et al. 2014). 32 bits are
+    kept: every u is exact in float64 and below 1 also after rounding.
+
+    >>> bool(uniform(0, 1, 2) == uniform(0, 1, 2)), uniform(0, np.arange(6)[:, None], [0, 1]).shape
+    (True, (6, 2))
+    """
+    h = np.zeros(1, np.uint64)
+    for counter in counters:
+        h = h + np.asarray(counter).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        h = (h ^ (h >> np.uint64(31))) + np.uint64(0x9E3779B97F4A7C15)
+    return np.squeeze(h >> np.uint64(32)) * 2.0**-32
+
+
+def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+    """One token a row: inverse-CDF sampling with u (B,) in [0, 1); the best one at temperature 0.
+
+    Token k is chosen if u falls into [P(tokens < k), P(tokens <= k)). Summed in float64: a
+    vocabulary has up to 200,000 terms, and a token of probability 0 must never be drawn.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)  # (B,)
+    p = (logits.double() / temperature).softmax(-1)  # (B, V)
+    if top_p < 1:  # only the likeliest tokens: those before which less than top_p is collected
+        ranked, order = p.sort(descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        p = p.scatter(-1, order, ranked)
+    cdf = p.cumsum(-1)
+    token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]  # (B,)
+    return token.clamp(max=p.shape[1] - 1)  # a sick model's nan must not become an index error
+
+
+class Memory:
+    """What the model has read of B dialogues: its key/value cache, and which cells are real."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.cache = DynamicCache()  # a layer: keys and values (B, heads, T, head width)
+        self.mask = torch.zeros(rows, 0, dtype=torch.bool, device=device)  # (B, T)
+
+    def read(self, policy: Policy, ids: Tensor, real: Tensor) -> Tensor:
+        """Let the model read ids (B, P), of which those not `real` are padding: logits (B, V) for
+        the token after the last column, in float32."""
+        before = self.mask.sum(1, keepdim=True)  # (B, 1) tokens read so far
+        positions = (before + real.cumsum(1) - 1).clamp(min=0)  # (B, P)
+        self.mask = torch.cat([self.mask, real], dim=1)  # (B, T + P)
+        with policy.autocast():
+            logits = policy.model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,  # (B, 1, V): while reading only the last place matters
+            ).logits
+        return logits[:, -1].float()
+
+    def select(self, rows: Tensor) -> Memory:
+        """A memory of some rows alone."""
+        part = Memory(0, self.mask.device)
+        part.mask = self.mask[rows]
+        part.cache = DynamicCache((k[rows], v[rows]) for k, v in self.layers())
+        return part
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer."""
+        return [(layer.keys, layer.values) for layer in self.cache.layers]
+
+    @staticmethod
+    def join(parts: Sequence[Memory], rows: Sequence[Tensor]) -> Memory:
+        """Put memories back together: row i of part p becomes row rows[p][i]. Shorter ones get
+        empty cells at their end, which the mask keeps unseen."""
+        order = torch.cat(list(rows)).argsort()
+        width = max(part.mask.shape[1] for part in parts)
+
+        def together(tensors: Iterable[Tensor], dim: int) -> Tensor:
+            tail = [0, 0] * (-1 - dim)  # F.pad counts dimensions from the last one
+            padded = [F.pad(t, (*tail, 0, width - t.shape[dim])) for t in tensors]
+            return torch.cat(padded)[order]
+
+        whole = Memory(0, order.device)
+        whole.mask = together((part.mask for part in parts), dim=-1)
+        per_layer = zip(*(part.layers() for part in parts))
+        whole.cache = DynamicCache(
+            (together((k for k, _ in kvs), dim=-2), together((v for _, v in kvs), dim=-2))
+            for kvs in map(list, per_layer)
+        )
+        return whole
+
+
+def left_pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ragged ids as one tensor whose rows END together: ids (B, P) and which are real (B, P).
+
+    >>> left_pad([[7], [8, 9]], torch.device("cpu"))[0].tolist()
+    [[0, 7], [8, 9]]
+    """
+    width = max(map(len, texts))
+    ids = torch.tensor([[0] * (width - len(t)) + list(t) for t in texts], device=device)
+    lengths = torch.tensor([len(t) for t in texts], device=device)[:, None]
+    return ids, torch.arange(width, device=device) >= width - lengths
+
+
+@torch.inference_mode()
+def respond(
+    policy: Policy,
+    memory: Memory,
+    requests: Sequence[Sequence[int]],
+    u: np.ndarray,
+    temperature: float,
+) -> tuple[list[list[int]], Memory]:
+    """Let every row read its request and write its response.
+
+    u (B, max_new): the uniform number for each place. Returns the responses, each up to and
+    including its end token (or cut off at max_new), and the memory, which has read everything but
+    each response's last token: that one goes in front of the next request.
+    """
+    batch, max_new = u.shape
+    numbers = torch.from_numpy(u).to(policy.device)  # (B, max_new), float64
+    ends = torch.tensor(policy.end_ids, device=policy.device)
+    tokens = torch.zeros(batch, max_new, dtype=torch.long, device=policy.device)
+    lengths = torch.full((batch,), max_new, device=policy.device)
+    rows = torch.arange(batch, device=policy.device)  # the rows of `memory`, as rows of the batch
+    running = torch.ones_like(rows, dtype=torch.bool)  # ... and which of them have not ended
+    parked: list[tuple[Memory, Tensor]] = []
+
+    logits = memory.read(policy, *left_pad(requests, policy.device))
+    for place in range(max_new):
+        token = pick(logits, numbers[rows, place], temperature, policy.top_p)  # (rows,)
+        tokens[rows, place] = token
+        ended = running & torch.isin(token, ends)
+        lengths[rows[ended]] = place + 1
+        running &= ~ended
+        left = int(running.sum())
+        if left == 0 or place == max_new - 1:
+            break
+        if left <= 0.8 * len(rows):  # copying the cache costs something, so not for every row
+            parked.append((memory.select(~running), rows[~running]))
+            memory, rows, token = memory.select(running), rows[running], token[running]
+            running = running[running]
+        logits = memory.read(policy, token[:, None], running[:, None])
+    parked.append((memory, rows))
+    responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+    return responses, Memory.join(*zip(*parked)) if len(parked) > 1 else memory
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each at most `budget` cells with its padding (but at
+    least one index).
+
+    >>> list(token_batches([5, 1, 4, 2], budget=8))
+    [[1, 3], [2], [0]]
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+# --- 7. V*: how good could the best policy be? ----------------------------------------------------
+# Equation (3) asks for the mean of exp(r/beta) over responses of the reference; N samples of it
+# give (5). Look at what kind of mean that is. For beta1 -> infinity it is the plain mean of the
+# rewards, for beta1 -> 0 their maximum, and in between, at 0.5, one right answer in eight
+# says V^* = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
+# would choose that response far more often than the reference does.
+
+
+def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
+    """V^* from the rewards of N reference responses: equation (5). (..., N) -> (...).
+
+    log mean exp, not the mean of logs; the maximum goes out of the exponent first (that is what
+    logsumexp does), so that r/beta1 = 1e6 does not overflow.
+
+    >>> round(estimate_v_star(torch.tensor([0.0] * 7 + [1.0]), beta1=0.5).item(), 3)
+    0.294
+    """
+    scaled = rewards.double() / beta1
+    value = beta1 * (scaled.logsumexp(-1) - math.log(rewards.shape[-1]))
+    return value.to(rewards.dtype) if rewards.is_floating_point() else value.float()
+
+
+# --- 8. The loss: regression on the optimal advantage ---------------------------------------------
+# Equation (6), once more: make beta2 * log(pi/pi_ref) equal to r - V^*. Everything else in this
+# file serves these two lines of code.
+#
+# What does V^* do here? Take the gradient of (6) for a response that the policy drew itself,
+#     2 * beta2 * ( beta2 * log(pi/pi_ref) - r + V^* ) * grad log pi(y|x),
+# and average over y ~ pi. V^* does not depend on y, and the average of grad log pi is zero: V^*
+# drops out. On-policy it is a *baseline*. Any V that ignores the tokens it is subtracted for leaves
+# the same optimum, pi_ref * exp(r/beta2) / Z; a good one takes variance away: a response with
+# r = V^* teaches nothing. That is why beta1 may differ from beta2, why the bias of (5) with N = 8
+# does no harm, and why a value pooled over problems can stand in for a missing one. It would NOT be
+# so off-policy: fit (6) to a fixed set of responses and a wrong V gives a wrong policy. The tests
+# show both on a policy so small that all its responses can be listed.
+#
+# The log-probability of a response is the sum over its tokens, up to and including the token that
+# ends it. The sum, not the mean: (6) speaks of pi(y|x). What we said to the model (prompts,
+# bridges, padding) is no choice of the policy and never enters.
+
+
+LOGIT_CELLS = 2**26  # float32 logits held at a time: 256 MB
+
+
+def astarpo_loss(
+    logp: Tensor, ref_logp: Tensor, reward: Tensor, v_star: Tensor, beta2: float
+) -> Tensor:
+    """Equation (6), averaged over a batch of responses: four tensors (B,) -> a scalar.
+
+    logp, ref_logp: log-probabilities of the responses (nats, summed over tokens) under the policy
+    and the reference; reward, v_star: in units of reward. Only logp carries a gradient.
+
+    >>> zero = torch.zeros(2)
+    >>> astarpo_loss(zero, zero, torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), 1e-3).item()
+    0.25
+    """
+    log_ratio = logp - ref_logp  # (B,) log pi(y|x) / pi_ref(y|x)
+    advantage = reward - v_star  # (B,) A*(x, y), estimated
+    return (beta2 * log_ratio - advantage).square().mean()
+
+
+def token_logps(
+    policy: Policy, ids: Tensor, mask: Tensor, scored: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """log pi of the scored tokens: ids, mask, scored (B, T) -> (M,), in row-major order.
+
+    The logits at place t - 1 predict token t. The large matrix product with the vocabulary is done
+    for the scored places only, and in pieces whose float32 logits are thrown away and computed
+    again in the backward pass: with 152,000 words, all of them at once would not fit.
+    """
+    with policy.autocast():
+        hidden = policy.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+        hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
+    targets = ids[:, 1:][scored[:, 1:]]  # (M,)
+    head = policy.model.get_output_embeddings()
+
+    def logps(h: Tensor, target: Tensor) -> Tensor:
+        with policy.autocast():
+            logits = head(h).float() / temperature  # (m, V)
+        return -F.cross_entropy(logits, target, reduction="none")  # (m,)
+
+    size = max(1, LOGIT_CELLS // head.weight.shape[0])
+    if len(targets) <= size:
+        return logps(hidden, targets)
+    pieces = zip(hidden.split(size), targets.split(size))
+    return torch.cat([checkpoint(logps, h, t, use_reentrant=False) for h, t in pieces])
+
+
+# --- 9. PAG: solve, verify, revise ----------------------------------------------------------------
+# So far a response was all that happened to a problem. PAG makes a dialogue of up to three turns,
+# all played by the same policy: it solves; we ask it to check its solution; if its verdict is
+# "wrong" we ask it to try again. The order matters: a model that is always asked to revise learns
+# not to make mistakes it could mend, or to write the same thing twice (the *collapse* that the
+# paper describes); one that revises only what it has judged wrong must learn to judge.
+#
+# For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward is
+# its own (section 4), its V^* is that of the problem and its *role*: being right at solving and
+# being right about a solution are different things with different averages.
+ROLES = ("solve", "verify", "revise")
+
+
+@dataclass
+class Turn:
+    """One response: tokens start..end of its dialogue's ids, and what was read off its text."""
+
+    role: str
+    start: int
+    end: int
+    text: str
+    ended: bool  # False: cut off at max_new_tokens
+    answer: str | None = None  # solve, revise: the extracted answer
+    correct: bool = False  # solve, revise: is it right
+    verdict: bool | None = None  # verify: what it says
+    reward: float = 0.0
+
+
+@dataclass
+class Dialogue:
+    """A problem and everything that was said: `ids` are the exact tokens, turn after turn."""
+
+    problem: Problem
+    ids: list[int] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    read: int = 0  # how many of the ids the model's memory has read
+
+    @property
+    def attempts(self) -> list[Turn]:
+        """The turns with an answer: solve, then the revisions."""
+        return [turn for turn in self.turns if turn.role != "verify"]
+
+    @property
+    def checks(self) -> list[Turn]:
+        """The verify turns; check k is about attempt k."""
+        return [turn for turn in self.turns if turn.role == "verify"]
+
+    def pay(self, alpha: float) -> None:
+        """Give each turn its reward."""
+        correct = [turn.correct for turn in self.attempts]
+        rewards = dialogue_rewards(correct, [turn.verdict for turn in self.checks], alpha)
+        for turn, reward in zip(self.turns, rewards):
+            turn.reward = reward
+
+
+def take_turn(
+    policy: Policy,
+    dialogues: Sequence[Dialogue],
+    memory: Memory,
+    requests: Sequence[list[int]],
+    role: str,
+    u: np.ndarray,
+    temperature: float,
+) -> Memory:
+    """Let the policy write one turn of every dialogue. Returns the memory, which has read it."""
+    # The last token of the turn before has been written but not read yet: it goes first.
+    unread = [d.ids[d.read :] + request for d, request in zip(dialogues, requests)]
+    responses, memory = respond(policy, memory, unread, u, temperature)
+    texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    for dialogue, request, response, text in zip(dialogues, requests, responses, texts):
+        start = len(dialogue.ids) + len(request)
+        dialogue.ids += request + response
+        dialogue.read = len(dialogue.ids) - 1
+        turn = Turn(role, start, len(dialogue.ids), text, response[-1] in policy.end_ids)
+        if role == "verify":
+            turn.verdict = parse_judgment(text)
+        else:
+            turn.answer = extract_answer(text)
+            turn.correct = is_equiv(turn.answer, dialogue.problem.answer)
+        dialogue.turns.append(turn)
+    return memory
+
+
+def play(
+    policy: Policy,
+    problems: Sequence[Problem],
+    samples: Sequence[int],
+    config: Config,
+    step: int,
+    temperature: float,
+) -> list[Dialogue]:
+    """One batch of whole dialogues; samples[i] numbers repeated dialogues about one problem.
+
+    Without a verdict the dialogue goes on to a revision, as if the verdict were "wrong", here and
+    in evaluation alike.
+    """
+    dialogues = [Dialogue(problem) for problem in problems]
+    talking = list(range(len(problems)))  # the dialogues that go on
+    memory = Memory(len(problems), policy.device)
+    roles = ["solve"] + ["verify", "revise"] * config.revisions
+    for number, role in enumerate(roles):
+        if role == "revise":
+            talking_on = [dialogues[i].turns[-1].verdict is not True for i in talking]
+            memory = memory.select(torch.tensor(talking_on, device=policy.device))
+            talking = [i for i, goes_on in zip(talking, talking_on) if goes_on]
+        if not talking:
+            break
+        active = [dialogues[i] for i in talking]
+        requests = [next_request(policy, dialogue, role) for dialogue in active]
+        index = np.array([dialogue.problem.index for dialogue in active])[:, None]
+        sample = np.array([samples[i] for i in talking])[:, None]
+        places = np.arange(config.max_new_tokens)
+        u = uniform(config.seed, step, index, sample, number, places).reshape(len(active), -1)
+        memory = take_turn(policy, active, memory, requests, role, u, temperature)
+    for dialogue in dialogues:
+        dialogue.pay(config.alpha)
+    return dialogues
+
+
+def next_request(policy: Policy, dialogue: Dialogue, role: str) -> list[int]:
+    """The ids that come before the next response: the first prompt, or the bridge to a turn."""
+    if role == "solve":
+        return policy.prompt_ids(dialogue.problem)
+    request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
+    return policy.bridge_ids(request, ended=dialogue.turns[-1].ended)
+
+
+def rollout(
+    policy: Policy,
+    problems: Sequence[Problem],
+    config: Config,
+    step: int,
+    samples: Sequence[int] | None = None,
+    temperature: float | None = None,
+    label: str = "",
+) -> list[Dialogue]:
+    """Dialogues about all problems, in their order, played in batches within the token budget.
+
+    step: which rollout this is, for the random numbers (0: stage 1; k: update k; -1: evaluation).
+    label: name of the progress bar, if there shall be one.
+    """
+    samples = [0] * len(problems) if samples is None else samples
+    temperature = config.temperature if temperature is None else temperature
+    longest = (1 + 2 * config.revisions) * config.max_new_tokens
+    lengths = [len(policy.prompt_ids(problem)) + longest for problem in problems]
+    dialogues: list[Any] = [None] * len(problems)
+    progress = Progress(label, len(problems))
+    for batch in token_batches(lengths, config.rollout_tokens):
+        chosen, numbers = [problems[i] for i in batch], [samples[i] for i in batch]
+        played = play(policy, chosen, numbers, config, step, temperature)
+        for i, dialogue in zip(batch, played):
+            dialogues[i] = dialogue
+        progress.advance(len(batch))
+    return dialogues
+
+
+# --- 10. Training ---------------------------------------------------------------------------------
+# Stage 1 plays N dialogues about each problem with the reference and keeps V^* for each (problem,
+# role). A role that never came up in a problem's N dialogues (no sample said "wrong", so none was
+# revised) gets the value of all samples of that role, over all problems: section 8 says why that is
+# harmless. Stage 2 plays one dialogue a problem with the present policy and updates it once.
+
+Baselines = dict[tuple[int, str], float]  # (problem index, role) -> V^*, in units of reward
+
+
+def baselines(dialogues: Iterable[Dialogue], config: Config) -> Baselines:
+    """V^* of every (problem, role) from the reference's dialogues.
+
+    --baseline mean takes the mean reward, --baseline zero takes 0: both are right on-policy, and
+    the authors' code has both. See how much slower they learn.
+    """
+    rewards: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for dialogue in dialogues:
+        for turn in dialogue.turns:
+            rewards[dialogue.problem.index, turn.role].append(turn.reward)
+            rewards[-1, turn.role].append(turn.reward)
+
+    def value(samples: list[float]) -> float:
+        if config.baseline == "zero":
+            return 0.0
+        if config.baseline == "mean":
+            return float(np.mean(samples))
+        return estimate_v_star(torch.tensor(samples), config.beta1).item()
+
+    pooled = {role: value(rewards.get((-1, role), [0.0])) for role in ROLES}
+    return {
+        (index, role): value(rewards[index, role]) if (index, role) in rewards else pooled[role]
+        for index in {index for index, _ in rewards if index >= 0}
+        for role in ROLES
+    }
+
+
+def stage_one(ref: Policy, problems: Sequence[Problem], config: Config) -> list[Dialogue]:
+    """The reference's N dialogues about each problem, at the training temperature."""
+    n = config.num_samples
+    repeated = [problem for problem in problems for _ in range(n)]
+    return rollout(ref, repeated, config, 0, [*range(n)] * len(problems), label="stage 1, V*")
+
+
+@dataclass
+class Batch:
+    """Some dialogues as tensors; their turns, in order, are numbered 0..n-1."""
+
+    ids: Tensor  # (B, T), padded on the right
+    mask: Tensor  # (B, T) True where there is a token
+    scored: Tensor  # (B, T) True where the policy chose it
+    turn: Tensor  # (M,) the turn that each scored token belongs to
+    reward: Tensor  # (n,)
+    v_star: Tensor  # (n,)
+
+
+def collate(dialogues: Sequence[Dialogue], v_star: Baselines, device: torch.device) -> Batch:
+    """One forward pass scores all turns of a dialogue: later turns extend the same ids, so causal
+    attention gives each token exactly the context that it was sampled in."""
+    width = max(len(dialogue.ids) for dialogue in dialogues)
+    ids = torch.zeros(len(dialogues), width, dtype=torch.long)
+    mask, scored = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    turns, owner = [], []
+    for row, dialogue in enumerate(dialogues):
+        ids[row, : len(dialogue.ids)] = torch.tensor(dialogue.ids)
+        mask[row, : len(dialogue.ids)] = True
+        for turn in dialogue.turns:
+            scored[row, turn.start : turn.end] = True
+            owner += [len(turns)] * (turn.end - turn.start)
+            turns.append((turn.reward, v_star[dialogue.problem.index, turn.role]))
+    reward, value = torch.tensor(turns).unbind(1)
+    return Batch(*(t.to(device) for t in (ids, mask, scored, torch.tensor(owner), reward, value)))
+
+
+def update(
+    policy: Policy,
+    ref: Policy,
+    optimizer: torch.optim.Optimizer,
+    dialogues: Sequence[Dialogue],
+    v_star: Baselines,
+    config: Config,
+) -> dict[str, float]:
+    """One step down equation (6), averaged over all turns of all dialogues. Returns what was seen.
+
+    The dialogues are taken in micro-batches that fit into memory; their gradients add up, each
+    weighted by its share of the turns, so that the sum does not depend on how they were cut.
+    """
+    n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
+    seen: dict[str, float] = defaultdict(float)
+    tokens = 0
+    for chosen in token_batches([len(d.ids) for d in dialogues], config.update_tokens):
+        batch = collate([dialogues[i] for i in chosen], v_star, policy.device)
+        inputs = (batch.ids, batch.mask, batch.scored, config.temperature)
+        with torch.no_grad():
+            ref_token_logp = token_logps(ref, *inputs)  # (M,)
+        token_logp = token_logps(policy, *inputs)  # (M,)
+        zeros = torch.zeros_like(batch.reward)
+        logp = zeros.index_add(0, batch.turn, token_logp)  # (n,) sums over each turn's tokens
+        ref_logp = zeros.index_add(0, batch.turn, ref_token_logp)  # (n,)
+        loss = astarpo_loss(logp, ref_logp, batch.reward, batch.v_star, config.beta2)
+        share = len(batch.reward) / n_turns
+        (loss * share).backward()
+        tokens += len(token_logp)
+        seen["loss"] += loss.item() * share
+        seen["kl"] += (logp - ref_logp).sum().item() / n_turns
+        seen["entropy"] -= token_logp.sum().item()
+        seen["v_star"] += batch.v_star.sum().item() / n_turns
+    seen["entropy"] /= tokens
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+    seen["grad_norm"] = norm.item()
+    seen["lr"] = optimizer.param_groups[0]["lr"]
+    seen["skipped"] = float(not math.isfinite(seen["loss"] + seen["grad_norm"]))
+    if not seen["skipped"]:  # one bad batch must not destroy the weights
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return dict(seen)
+
+
+def train_step(
+    policy: Policy,
+    ref: Policy,
+    optimizer: torch.optim.Optimizer,
+    problems: Sequence[Problem],
+    v_star: Baselines,
+    config: Config,
+    step: int,
+) -> dict[str, float | None]:
+    """Stage 2, one step (from 0): ONE dialogue a problem, one update. Returns the step's metrics.
+
+    With --minibatches M the dialogues are learned from in M updates; from the second on they come
+    from a policy that is M - 1 updates old: the paper does that, we by default do not.
+    """
+    started = time.perf_counter()
+    optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+    chosen = batch_of_step(problems, step, config.batch_size, config.seed)
+    # Numbered by place: a problem that comes twice in a batch gets two different dialogues.
+    dialogues = rollout(policy, chosen, config, step + 1, samples=range(len(chosen)))
+    size = math.ceil(len(dialogues) / config.minibatches)
+    parts = [dialogues[i : i + size] for i in range(0, len(dialogues), size)]
+    updates = [update(policy, ref, optimizer, part, v_star, config) for part in parts]
+    means = {name: mean(seen[name] for seen in updates) for name in updates[0]}
+    means = {name: value if math.isfinite(value) else None for name, value in means.items()}
+    sampled = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
+    speed = sampled / (time.perf_counter() - started)
+    return {"step": step + 1, **means, **statistics(dialogues), "tokens_per_second": speed}
+
+
+def first_stage(
+    ref: Policy, problems: Sequence[Problem], config: Config, folder: Path, said: set[str]
+) -> tuple[Baselines, list[Problem]]:
+    """Stage 1, sampled or read from --v-star: V^*, and the problems to train on."""
+    mark = fingerprint(ref, problems, config)
+    if config.v_star:
+        dialogues = load_stage_one(config.v_star, mark, problems, config)
+    else:
+        dialogues = stage_one(ref, problems, config)
+    v_star = baselines(dialogues, config)
+    save_stage_one(folder / "v_star.jsonl", mark, dialogues, v_star)
+    report_stage_one(dialogues, v_star)
+    explain(stage_one_facts(dialogues, config), said)
+    solved = {d.problem.index for d in dialogues if d.attempts[0].correct}
+    kept = [p for p in problems if p.index in solved or not config.drop_unsolved]
+    if not kept:
+        raise RunError(
+            "stage 1 solved no problem at all: --drop-unsolved leaves nothing to train on"
+        )
+    return v_star, kept
+
+
+def train(config: Config) -> dict[str, Any]:
+    """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary.
+
+    Everything is written to the run folder as it happens; the README says what each file holds.
+    """
+    check_options(config, training=True)
+    policy = load_policy(config)
+    check_context(policy, config)
+    problems = load_problems(config.train_data, config.train_limit, policy, config)
+    held_out = load_problems(config.eval_data, config.eval_limit, policy, config)
+    folder = new_folder(config.out or f"runs/{timestamp()}")
+    send = number_sink(config, folder)
+    write_json(folder / "config.json", describe(config, policy))
+    said: set[str] = set()  # Part II, F: what was found to hinder learning, each once
+    ref = freeze(policy)
+    before, base_dialogues = evaluate_policy(policy, held_out, config)
+    v_star, problems = first_stage(ref, problems, config, folder, said)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
+    progress = Progress("stage 2", config.steps)
+    history: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
+    with saved_at_the_end(policy, folder), (folder / "metrics.jsonl").open("w") as file:
+        for step in range(config.steps):
+            metrics = train_step(policy, ref, optimizer, problems, v_star, config, step)
+            history.append(metrics)
+            print(json.dumps(metrics), file=file, flush=True)
+            progress.advance(1, metrics)
+            send(metrics)
+            explain(training_facts(history, config), said)
+            stop_if_sick(history)
+            if config.eval_every and (step + 1) % config.eval_every == 0:
+                send(check_in(policy, held_out, config, step + 1, evaluations, folder))
+    after, dialogues = evaluate_policy(policy, held_out, config)
+    write_results(folder / "eval_results.jsonl", dialogues)
+    summary = {"before": before, "after": after, "kl": recent_kl(history)}
+    write_json(folder / "summary.json", summary)
+    report_training(summary, base_dialogues, dialogues)
+    draw(folder)
+    print(f"\nwritten to {folder}: checkpoint/, metrics.jsonl, summary.json, ...")
+    return summary
+
+
+# --- 11. Evaluation -------------------------------------------------------------------------------
+# The same dialogues on problems that were never trained on, greedily (temperature 0). Accuracy is
+# measured twice: acc_t1 of the first attempt, acc_final of the last one. The difference is what
+# checking was worth. A verifier that always says "correct" is right as often as the solver is, so we
+# do not look at its accuracy alone but at the *balanced* one: the mean of how often it is right
+# about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict. A
+# trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
+# turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong.
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The mean, or None where there is nothing to average: 'none' is not 'zero'."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str, float | None]:
+    """What (verdict, truth) pairs say of a verifier; a missing verdict is a miss. Precision: the
+    share of right ones among the attempts that it called correct.
+
+    >>> confusion([(True, True), (True, True), (True, True), (True, False)], "v")["v_balanced_acc"]
+    0.5
+    """
+    pairs = list(pairs)
+    on_right = mean(verdict is True for verdict, truth in pairs if truth)
+    on_wrong = mean(verdict is False for verdict, truth in pairs if not truth)
+    both = on_right is not None and on_wrong is not None
+    return {
+        f"{name}_acc": mean(verdict == truth for verdict, truth in pairs),
+        f"{name}_balanced_acc": (on_right + on_wrong) / 2 if both else None,
+        f"{name}_recall_right": on_right,
+        f"{name}_recall_wrong": on_wrong,
+        f"{name}_precision": mean(truth for verdict, truth in pairs if verdict is True),
+    }
+
+
+def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
+    """What there is to say about some dialogues; a training batch and an evaluation share it."""
+    turns = [turn for d in dialogues for turn in d.turns]
+    attempts = [turn for d in dialogues for turn in d.attempts]
+    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
+    revised = [pair for d in dialogues for pair in zip(d.attempts, d.attempts[1:])]
+    firsts = [d.attempts[0].text for d in dialogues]
+    by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
+    return {
+        "acc_t1": mean(d.attempts[0].correct for d in dialogues),
+        "acc_final": mean(d.attempts[-1].correct for d in dialogues),
+        **confusion(judged, "verifier"),
+        "revision_rate": mean(len(d.attempts) > 1 for d in dialogues),
+        "answer_change_ratio": mean(not is_equiv(b.answer, a.answer) for a, b in revised),
+        "fixed": sum(not a.correct and b.correct for a, b in revised),
+        "broken": sum(a.correct and not b.correct for a, b in revised),
+        **{f"reward_{role}": mean(t.reward for t in made) for role, made in by_role.items()},
+        "response_tokens": mean(turn.end - turn.start for turn in turns),
+        **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
+        "no_answer_rate": mean(turn.answer is None for turn in attempts),
+        "truncated_rate": mean(not turn.ended for turn in turns),
+        "same_text_rate": max(Counter(firsts).values()) / len(firsts),  # 1: all alike
+    }
+
+
+def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+    """`statistics` as a report has it: with n, the number of problems, and with intervals."""
+    numbers = {"n": len(by_problem(dialogues)), **statistics(dialogues)}
+    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
+    ends = {"acc_t1_ci": 0, "acc_final_ci": -1}
+    return numbers | {name: interval(scores(dialogues, place)) for name, place in ends.items()}
+
+
+def evaluate_policy(
+    policy: Policy, problems: Sequence[Problem], config: Config, temperature: float = 0.0
+) -> tuple[dict[str, Any], list[Dialogue]]:
+    """Dialogues about held-out problems, K of each unless greedy: (summary, dialogues)."""
+    k = config.samples if temperature > 0 else 1
+    repeated = [problem for problem in problems for _ in range(k)]
+    numbers = [*range(k)] * len(problems)
+    dialogues = rollout(policy, repeated, config, -1, numbers, temperature, "evaluate")
+    summary = {**summarize(dialogues), **evaluate_pool(policy, config)}
+    summary |= voting(dialogues) if k > 1 else {}
+    for trait in ("level", "subject"):
+        groups: dict[str, list[Dialogue]] = defaultdict(list)
+        for dialogue in dialogues:
+            groups[str(getattr(dialogue.problem, trait))].append(dialogue)
+        summary[f"by_{trait}"] = {name: summarize(g) for name, g in sorted(groups.items())}
+    return summary, dialogues
+
+
+def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
+    """The verify turn's confusion on the fixed pool beside the evaluation data (attempts.jsonl);
+    None where there is no pool, or no verify turn."""
+    pool = load_pool(config) if config.revisions > 0 else []
+    told = [given_attempt(policy, *attempt) for attempt in pool]
+    lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in told]
+    progress = Progress("verifier pool", len(told))
+    for batch in token_batches(lengths, config.rollout_tokens):
+        chosen = [told[i] for i in batch]
+        requests = [next_request(policy, dialogue, "verify") for dialogue in chosen]
+        unused = np.zeros((len(chosen), config.max_new_tokens))  # greedy: no random numbers
+        memory = Memory(len(chosen), policy.device)
+        take_turn(policy, chosen, memory, requests, "verify", unused, temperature=0.0)
+        progress.advance(len(batch))
+    judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
+    return confusion(judged, "verifier_pool")
+
+
+def given_attempt(policy: Policy, problem: Problem, text: str, correct: bool) -> Dialogue:
+    """A dialogue whose first turn is somebody's text, not ours (so there are no ids to keep)."""
+    prompt, attempt = policy.prompt_ids(problem), encode(policy.tokenizer, text)
+    turn = Turn("solve", len(prompt), len(prompt + attempt), text, ended=False, correct=correct)
+    return Dialogue(problem, prompt + attempt, [turn])
+
+
+def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
+    """Evaluate --model on the held-out problems; writes a line a problem and the summary."""
+    check_options(config)
+    policy = load_policy(config)
+    policy.top_p = config.top_p
+    problems = load_problems(config.eval_data, config.eval_limit, policy, config)
+    folder = new_folder(config.out or f"runs/{timestamp()}-eval")
+    summary, dialogues = evaluate_policy(policy, problems, config, temperature)
+    if config.compare:
+        trained = Path(config.compare, "checkpoint")
+        model = str(trained) if trained.is_dir() else config.compare
+        other = load_policy(dataclasses.replace(config, model=model))
+        other.top_p = config.top_p
+        _, theirs = evaluate_policy(other, problems, config, temperature)
+        summary["compare"] = {"with": model, **compare(dialogues, theirs)}
+    write_results(folder / "eval_results.jsonl", dialogues)
+    write_json(folder / "eval_summary.json", {"model": config.model, **summary})
+    report_evaluation(summary)
+    print(f"written to {folder}: eval_results.jsonl, eval_summary.json")
+    return summary
+
+
+# ==================================================================================================
+# Part II: the appendix
+# ==================================================================================================
+
+# --- A. Errors, and a line that says how far we are -----------------------------------------------
+
+
+class UsageError(Exception):
+    """Something that the user gave is wrong: one sentence, exit status 2."""
+
+
+class RunError(Exception):
+    """Something failed under way: one sentence, exit status 1."""
+
+
+SHOWN = {  # metric: its name on the progress line
+    "loss": "loss",
+    "acc_t1": "t1",
+    "acc_final": "final",
+    "verifier_balanced_acc": "verify",
+    "kl": "kl",
+}
+
+
+class Progress:
+    """A bar with the numbers that matter on a terminal; a few plain lines anywhere else."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.done = label, total, 0
+        self.started = time.perf_counter()
+        self.tenths = 0  # of the way, when the last plain line was printed
+
+    def advance(self, n: int, metrics: dict[str, Any] | None = None) -> None:
+        """n more are done; `metrics` of the last one are shown."""
+        self.done += n
+        if not self.label:
+            return
+        seconds = time.perf_counter() - self.started
+        left = seconds / self.done * (self.total - self.done)
+        numbers = "".join(
+            f"{text} {show(metrics[name], 2)} " for name, text in SHOWN.items() if metrics
+        )
+        finished = self.done >= self.total
+        clock = f"{seconds:.0f} s" if finished else f"{left:.0f} s left"
+        line = f"{f'{self.label} {self.done}/{self.total}':<21} {numbers} {clock}"
+        tenths = self.done * 10 // self.total
+        if sys.stdout.isatty():
+            print(f"\r{line[:79]:<79}", end="\n" if finished else "", flush=True)
+        elif finished or (metrics and tenths > self.tenths):
+            print(line, flush=True)
+        self.tenths = tenths
+
+
+def check_options(config: Config, training: bool = False) -> None:
+    """Refuse nonsense before anything is loaded. Raises UsageError."""
+    for item in dataclasses.fields(config):
+        flag, value = "--" + item.name.replace("_", "-"), getattr(config, item.name)
+        low, high, choices = (item.metadata[name] for name in ("low", "high", "choices"))
+        if choices and value not in choices:
+            raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+        if not isinstance(value, str) and not (low <= value <= high and math.isfinite(value)):
+            limits = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+            raise UsageError(f"{flag} must be {limits}, not {value}")
+    if config.v_star and not Path(config.v_star).is_file():
+        raise UsageError(f"--v-star {config.v_star}: no such file")
+    if training and config.temperature == 0:
+        raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
+    if not training and config.samples > 1 and config.temperature == 0:
+        raise UsageError(
+            "--samples above 1 needs a --temperature above 0: greedy ones are all alike"
+        )
+
+
+# --- B. Loading and saving ------------------------------------------------------------------------
+
+
+def local(path: str) -> Path:
+    """`path` as it is or, if there is nothing, beside this file (where data/ lies)."""
+    return Path(path) if Path(path).exists() or not (HERE / path).exists() else HERE / path
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """'auto' takes the GPU if there is one, and bfloat16 where the GPU has it."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
+    if device.startswith("cuda"):
+        number = int(device[5:] or 0)
+        if number >= torch.cuda.device_count():
+            raise UsageError(f"--device {device}: this machine has no such GPU; use --device cpu")
+    if dtype == "auto":
+        bf16 = device != "cpu" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if bf16 else "float32"
+    return torch.device(device), getattr(torch, dtype)
+
+
+def set_threads(threads: int, model: Any) -> None:
+    """A tiny model is faster on one core: handing out its small products costs more than they do,
+    and next to a busy process the cores wait for each other (seen: 20 times slower)."""
+    small = sum(p.numel() for p in model.parameters()) < 10_000_000
+    torch.set_num_threads(threads or (1 if small else os.cpu_count() or 1))
+
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role.capitalize() + ': ' + m.content + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+def open_model(name: str) -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder or the hub, weights in float32.
+
+    Raises UsageError, in one sentence, for whatever is wrong with it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    path = local(name)
+    if not path.exists() and name.count("/") != 1:  # a hub id is owner/name
+        raise UsageError(f"--model {name}: no such folder")
+    if path.exists() and not (path / "config.json").is_file():
+        raise UsageError(f"--model {name}: no config.json there, so this is no model folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers, safetensors and the hub each have their own kinds
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        where = (
+            "cannot be loaded" if path.exists() else "is no folder here, nor to be had on the hub"
+        )
+        raise UsageError(f"--model {name} {where}: {reason}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UsageError(f"--model {name}: its weights lack {len(missing)} tensors ({missing[0]}…)")
+    if not encode(tokenizer, "1 + 1 = 2"):  # transformers makes an empty one up if there is none
+        raise UsageError(f"--model {name}: no tokenizer there")
+    if tokenizer.chat_template is None:
+        print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
+        tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN_TEMPLATE
+    check_head(name, model)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_head(name: str, model: Any) -> None:
+    """`token_logps` takes decoder and head apart: refuse a model that does more in between."""
+    model.eval()
+    ids = torch.arange(8)[None]
+    apart = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state)
+    if not torch.allclose(apart, model(input_ids=ids).logits, atol=1e-4):
+        raise UsageError(
+            f"--model {name}: its logits are not its head's (a soft cap?): unsupported"
+        )
+
+
+def weights_hash(model: Any) -> str:
+    """Which weights are these? A hash over every tensor, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def load_problems(source: str, limit: int, policy: Policy, config: Config) -> list[Problem]:
+    """The problems of a JSONL file, a folder or a hub data set, less those that are too long."""
+    path = local(source)
+    rows = read_jsonl(path) if path.is_file() else read_dataset(source, path)
+    problems = [to_problem(row, i, place) for i, (place, row) in enumerate(rows)]
+    longest = config.max_prompt_tokens
+    kept = [p for p in problems if p.answer.strip()]
+    short = [p for p in kept if len(policy.prompt_ids(p)) <= longest]
+    for left_out, why in (
+        (len(problems) - len(kept), "have an empty answer"),
+        (len(kept) - len(short), f"are longer than --max-prompt-tokens {longest}"),
+    ):
+        if left_out:
+            print(f"{source}: {left_out} of {len(problems)} problems {why} and are left out")
+    if not short:
+        raise UsageError(f"{source} holds no problems" + (" short enough" if kept else ""))
+    return short[: limit or None]
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) for each line, where the place ("file, line 3") is for error messages."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    place = f"{path}, line {number}"
+                    try:
+                        yield place, json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        raise UsageError(f"{place}: not JSON ({error})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def read_dataset(source: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a local folder (JSONL, parquet, ...) or a hub data set, through `datasets`."""
+    if not path.exists() and source.count("/") != 1:  # a hub id is owner/name
+        raise UsageError(f"{source}: no such file or folder")
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(str(path))
+    except Exception as error:  # `datasets` has dozens of kinds; the first line says what it is
+        reason = str(error).strip().split("\n")[0][:300]
+        kind = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
+        raise UsageError(f"{source} {kind}: {reason}") from error
+    split = next((name for name in ("train", "test") if name in data), None) or next(iter(data))
+    for number, row in enumerate(data[split]):
+        yield f"{source}, {split} row {number}", row
+
+
+def to_problem(row: Any, index: int, place: str) -> Problem:
+    """Read a row in MATH's schema or its common variants (question; a box or #### in the solution).
+
+    Raises UsageError that names the place.
+    """
+    if not isinstance(row, dict):
+        raise UsageError(f"{place}: not a JSON object")
+    text = row.get("problem", row.get("question", row.get("prompt")))
+    solution = row.get("solution") or ""
+    answer = row.get("answer")
+    if answer is None or "####" in str(answer):
+        solution = str(answer or solution)
+        answer = extract_answer(solution)
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    for name, value in (("problem", text), ("answer", answer)):
+        if not isinstance(value, str):
+            raise UsageError(f"{place}: '{name}' is missing or not a text")
+    digits = re.search(r"\d+", str(row.get("level")))
+    subject = row.get("subject", row.get("type")) or ""
+    level = int(digits[0]) if digits else None
+    return Problem(index, text, answer, str(solution), level, str(subject))
+
+
+def load_pool(config: Config) -> list[tuple[Problem, str, bool]]:
+    """The attempts to be judged, if attempts.jsonl lies beside the evaluation data."""
+    path = local(config.eval_data).parent / "attempts.jsonl"
+    if not local(config.eval_data).is_file() or not path.is_file():
+        return []
+    rows = list(read_jsonl(path))[: config.eval_limit or None]
+    return [(to_problem(row, -1, place), row["attempt"], row["correct"]) for place, row in rows]
+
+
+def check_context(policy: Policy, config: Config) -> None:
+    """The longest possible dialogue must fit into the model's context."""
+    bridges = sum(len(policy.bridge_ids(p, False)) for p in (VERIFY_PROMPT, REVISE_PROMPT))
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    longest += config.revisions * (2 * config.max_new_tokens + bridges)
+    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    if longest > context:
+        raise UsageError(
+            f"a dialogue may take {longest} tokens, but the model's context has {context}: lower "
+            "--max-prompt-tokens, --max-new-tokens or --revisions"
+        )
+
+
+def describe(config: Config, policy: Policy) -> dict[str, Any]:
+    """What config.json says of a run: every option, and what it ran on."""
+    import transformers
+
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    versions |= {"transformers": transformers.__version__, "numpy": np.__version__}
+    weights = weights_hash(policy.model)
+    return {**dataclasses.asdict(config), "versions": versions, "weights": weights}
+
+
+def timestamp() -> str:
+    """Now, as part of a folder's name."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def new_folder(path: str) -> Path:
+    """Make a folder for results. Raises UsageError rather than touch what is there already."""
+    folder = Path(path)
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"--out {path} holds files already: name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".probe").touch()
+        (folder / ".probe").unlink()
+    except OSError as error:
+        raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is whole or not there at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def write_results(path: Path, dialogues: Iterable[Dialogue]) -> None:
+    """A line a problem: every turn's text, extracted answer and verdict."""
+    with path.open("w", encoding="utf-8") as file:
+        for dialogue in dialogues:
+            turns = [dataclasses.asdict(turn) for turn in dialogue.turns]
+            final = dialogue.attempts[-1].correct
+            row = {**dataclasses.asdict(dialogue.problem), "correct": final, "turns": turns}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def save_model(policy: Policy, folder: Path) -> None:
+    """An ordinary Hugging Face folder, written beside its place and then renamed."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        policy.model.save_pretrained(partial)
+        policy.tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier best/
+        partial.rename(folder)
+    except Exception as error:  # safetensors has a kind of its own for a full disk
+        raise RunError(f"the model cannot be saved in {folder}: {error}") from error
+
+
+@contextlib.contextmanager
+def saved_at_the_end(policy: Policy, folder: Path) -> Iterator[None]:
+    """Save the policy to folder/checkpoint when the block ends, by Ctrl-C or a RunError too."""
+    try:
+        yield
+    except RunError:
+        save_model(policy, folder / "checkpoint")
+        raise
+    except KeyboardInterrupt:
+        save_model(policy, folder / "checkpoint")
+        raise RunError(
+            f"stopped; the model as it is now lies in {folder}/checkpoint (evaluate it with 'eval "
+            f"--model {folder}/checkpoint'); to train again without stage 1: --v-star "
+            f"{folder}/v_star.jsonl"
+        ) from None
+    save_model(policy, folder / "checkpoint")
+
+
+def fingerprint(policy: Policy, problems: Sequence[Problem], config: Config) -> str:
+    """What stage 1's samples depend on (but for the seed: any sample of the reference will do)."""
+    sampling = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
+    texts = [(p.index, p.problem, p.answer) for p in problems]
+    prompts = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT)
+    everything = json.dumps([weights_hash(policy.model), sampling, texts, prompts])
+    return hashlib.sha256(everything.encode()).hexdigest()[:16]
+
+
+def save_stage_one(path: Path, mark: str, dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
+    """A head line, then a line a problem: V^* by role, and what each sample got right and said."""
+    samples: dict[Problem, list[Any]] = defaultdict(list)
+    for dialogue in dialogues:
+        correct = [turn.correct for turn in dialogue.attempts]
+        verdicts = [turn.verdict for turn in dialogue.checks]
+        samples[dialogue.problem].append({"correct": correct, "verdicts": verdicts})
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"fingerprint": mark}) + "\n")
+        for problem, seen in samples.items():
+            values = {role: v_star[problem.index, role] for role in ROLES}
+            row = {"index": problem.index, "problem": problem.problem, "level": problem.level}
+            file.write(
+                json.dumps({**row, "v_star": values, "samples": seen}, ensure_ascii=False) + "\n"
+            )
+
+
+def load_stage_one(
+    path: str, mark: str, problems: Sequence[Problem], config: Config
+) -> list[Dialogue]:
+    """The dialogues of a v_star.jsonl, without their texts: enough for any beta1 and alpha."""
+    rows = [row for _, row in read_jsonl(Path(path))]
+    if not rows or not isinstance(rows[0], dict) or rows[0].get("fingerprint") != mark:
+        raise UsageError(
+            f"--v-star {path} was made with other weights, problems or sampling options; leave "
+            "--v-star out to run stage 1 again"
+        )
+    if len(rows) != 1 + len(problems):
+        raise UsageError(
+            f"--v-star {path} is not complete; leave --v-star out to run stage 1 again"
+        )
+    dialogues = []
+    for problem, row in zip(problems, rows[1:]):
+        for sample in row["samples"]:
+            turns = [Turn("solve", 0, 0, "", True, correct=sample["correct"][0])]
+            for k, verdict in enumerate(sample["verdicts"]):
+                turns.append(Turn("verify", 0, 0, "", True, verdict=verdict))
+                if k + 1 < len(sample["correct"]):
+                    turns.append(Turn("revise", 0, 0, "", True, correct=sample["correct"][k + 1]))
+            dialogue = Dialogue(problem, [], turns)
+            dialogue.pay(config.alpha)
+            dialogues.append(dialogue)
+    return dialogues
+
+
+# --- C. The algebra of answers --------------------------------------------------------------------
+# What section 3 leaves out: cutting a clean text into tokens, the tokens into structure (`Node`),
+# and computing values by recursive descent, a method for each rule of the grammar.
+
+TOKEN = re.compile(
+    r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
+    r'|"[^"]*"|\\(?:[a-zA-Z]+|.)|[A-Za-z]+|\S'
+)
+SYMBOL = re.compile(
+    r"(?![ei]$)(?:[a-zA-Z]|[A-Z]+|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|tau))"
+)
+OPEN, CLOSE = {"(", "[", "{", r"\{", "⟦"}, {")", "]", "}", r"\}", "⟧"}
+FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "ln", "log"}
+BARE = {name: "\\" + name for name in FUNCTIONS | {"sqrt"}}
+BARE |= {"pi": "π", "infinity": "∞", "and": ",", "or": "or"}
+UNIT = re.compile(  # anything in the plural is one, too, but for the words of NO_UNIT
+    "[cmk]?m|ft|in|inch|foot|feet|yd|mile|mi|mph|k?g|lb|oz|s|sec|second|min|minute|hr|hour|day|week"
+    "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|people|men|women|[a-z]{3,}s"
+)
+NO_UNIT = re.compile(
+    "or|and|not?|more|less|fewer|than|least|most|times|plus|minus|halves|thirds|quarters|perhaps|is|was"
+    "|as|if|(four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|(ten|hundred|[a-z]+illion|dozen)s"
+    "|thousands"
+)
+
+
+def tokenize(text: str) -> list[str]:
+    """Cut normal text into numbers, commands, letters, signs and "words"; check the depth."""
+    tokens: list[str] = []
+    depth = 0
+    for token in TOKEN.findall(text):
+        depth += (token in OPEN) - (token in CLOSE)
+        if depth > MAX_DEPTH:
+            raise Unsure("too deep")
+        low = token.lower()
+        if low.strip('", ') in BARE:
+            tokens.append(BARE[low.strip('", ')])
+        elif len(token) == 1 or not token.isalpha():
+            tokens.append(token)
+        elif UNIT.fullmatch(low) or re.fullmatch("no|pm|(?=.*[eiou]).{3,}", low):
+            tokens.append(f'"{token}"')
+        else:  # AB is one name, xy is a product
+            tokens.extend([token] if token.isupper() else token)
+    return tokens
+
+
+def split(tokens: list[str], marks: set[str]) -> tuple[list[list[str]], str]:
+    """Cut `tokens` at the `marks` outside all brackets; return the pieces and the marks met."""
+    pieces: list[list[str]] = [[]]
+    met, depth = "", 0
+    for token in tokens:
+        depth += (token in OPEN) - (token in CLOSE)
+        if depth == 0 and token in marks:
+            met += token
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return pieces, met
+
+
+@lru_cache(maxsize=128)  # a gold answer meets a whole group of samples
+def read_answer(text: str) -> Node:
+    """Read normal text into a Node; several items make an unordered set."""
+    if text[0] == text[-1] == '"' and text.count('"') == 2 and not text[1:-1].isalpha():
+        text = text[1:-1]
+    items, marks = read_items(tokenize(text))
+    if set(marks) == set("or") and all(i.kind == "label" and i.parts[0].parts for i in items):
+        return Node("union", "", items)  # x < 1 or x > 2
+    return Node("set", "", items) if len(items) > 1 else items[0] if items else Node("value", text)
+
+
+def read_items(tokens: list[str]) -> tuple[tuple[Node, ...], str]:
+    """Read a list; plus-minus makes two items of one."""
+    pieces, marks = split(tokens, {",", ";", "or"})
+    items = []
+    for piece in filter(None, pieces):
+        both = {"±", "∓"} & set(piece) and r"\{" not in piece and piece.count("±") < 2
+        for signs in ({"±": "+", "∓": "-"}, {"±": "-", "∓": "+"}) if both else ({},):
+            items.append(read_item(without_unit([signs.get(token, token) for token in piece])))
+    return tuple(items), marks
+
+
+def without_unit(tokens: list[str]) -> list[str]:
+    """Drop a trailing unit such as 'square inches' or cm^2, unless its words change the value."""
+    start = next((i for i, token in enumerate(tokens) if token[0] == '"'), 0)
+    tail = "".join(tokens[start:])
+    words = re.findall("[a-z]+", tail.lower()) or [""]
+    shape = start and re.fullmatch(r'("[^"]*")+(\^(\{[23]\}|[23]))?', tail)
+    known = UNIT.fullmatch(words[-1]) and not any(map(NO_UNIT.fullmatch, words))
+    return tokens[:start] if shape and known else tokens
+
+
+def read_item(tokens: list[str]) -> Node:
+    """Read equations, inequalities and memberships; those that fix one symbol label a value."""
+    pieces, signs = split(tokens, set("=<>≤≥≠∈"))
+    if not signs:
+        return read_union(tokens)
+    if set(signs) <= set(">≥"):  # b > x > a is a < x < b
+        pieces, signs = pieces[::-1], signs[::-1].translate(str.maketrans(">≥", "<≤"))
+    sides = [read_union(piece) for piece in pieces]
+    if signs in "=∈":
+        for n in (0, 1):
+            if is_symbol(sides[n]) and is_fixed(sides[1 - n]):
+                return Node("label", " ".join(pieces[n]), (sides[1 - n],))
+    if signs in "=≠":  # (left - right)^2 is the same on whatever side the terms stand
+        tokens = ["(", *pieces[0], "-", "(", *pieces[1], ")", ")", "^", "2"]
+        return Node("relation", signs, (), tuple(tokens))
+    ends = sides
+    if signs in "<≤":  # the other end is infinitely far away
+        first = is_symbol(sides[0])
+        ends = [read_union(["-", "∞"]), *sides] if first else [*sides, read_union(["∞"])]
+        signs = "<" + signs if first else signs + "<"
+    if re.fullmatch("[<≤]{2}", signs) and is_symbol(ends[1]) and is_fixed(ends[0], ends[2]):
+        brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
+        return Node("label", ends[1].tag, (Node("row", brackets, (ends[0], ends[2])),))
+    return Node("chain", signs, tuple(sides))
+
+
+def is_symbol(node: Node) -> bool:
+    """Say whether the node is one variable, or a tuple of them in the usual order: (x, y)."""
+    names = [part.tag.strip("\\") for part in node.parts]
+    if node.kind == "row":
+        return all(map(is_symbol, node.parts)) and names == sorted(names)
+    return re.fullmatch(SYMBOL.pattern + r"(?: _ (?:\w+|\{ \w+ \}))?", node.tag) is not None
+
+
+def is_fixed(*nodes: Node) -> bool:
+    """Say whether no variable occurs in the nodes."""
+    return all(is_fixed(*n.parts) and not any(map(SYMBOL.fullmatch, n.tokens)) for n in nodes)
+
+
+def read_union(tokens: list[str]) -> Node:
+    """Read unions, matrices and brackets; other tokens are one value."""
+    pieces, met = split(tokens, {"∪"})
+    if met:
+        return Node("union", "", tuple(map(read_union, pieces)))
+    inside, ends = tokens[1:-1], "".join(tokens[:1] + tokens[-1:])
+    if len(tokens) > 1 and not split(tokens[:-1], CLOSE)[1]:  # nothing closes before the end
+        if ends == "⟦⟧":
+            rows = [split(row, {"&"})[0] for row in split(inside, {r"\\"})[0] if row]
+            cells = tuple(read_item(cell) for row in rows for cell in row)
+            return Node("matrix", str([*map(len, rows)]), cells)
+        if ends == r"\{\}":
+            return Node("set", "", read_items(inside)[0])
+        pieces, met = split(inside, {",", ";"})
+        if met and (ends in ("()", "[]") or len(pieces) == 2 and ends in ("(]", "[)")):
+            return Node("row", ends, tuple(map(read_item, pieces)))
+    return Node("value", " ".join(tokens), (), tuple(tokens))
+
+
+# Computing: a number is a pair of fractions (real, imaginary). Roots and the like are cut after
+# some hundred decimals; everything else is exact.
+class Number(NamedTuple):
+    re: Fraction
+    im: Fraction = Fraction(0)
+
+
+ONE, TEN, MINUS_ONE, HALF, I = map(Number, map(Fraction, (1, 10, -1, "1/2", 0)), (0, 0, 0, 0, 1))
+
+
+class Work:
+    """Arithmetic for one comparison: it counts its steps and refuses what grows too large."""
+
+    def __init__(self, seed: str) -> None:
+        self.seed, self.steps, self.exact, self.logs = seed, 0, True, {}
+        self.scale = 10 ** (200 + 2 * len(seed))
+        self.noise = Fraction(10**100, self.scale)  # no value we compute errs as much
+        self.go_to(0)
+
+    def go_to(self, point: int) -> None:
+        self.point, self.extreme, self.complex, self.variables = point, False, False, {}
+
+    def spend(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise Unsure("too much work")
+
+    def fit(self, re: Fraction, im: Fraction) -> Number:
+        """Make a number: charge for it and check its size."""
+        for part in (re, im):
+            top, bottom = abs(part.numerator), part.denominator
+            bits = max(top.bit_length(), bottom.bit_length())
+            self.spend(1 + bits // 100)
+            if bits > MAX_BITS:
+                raise Unsure("too many digits")
+            if top:
+                self.extreme |= top > bottom * 10**MAX_EXPONENT or bottom > top * 10**MAX_EXPONENT
+        return Number(re, im)
+
+    def add(self, x: Number, y: Number) -> Number:
+        parts = (x.re + y.re, x.im + y.im)
+        if not self.exact:  # what is left of terms that cancel
+            parts = (part if abs(part) > self.noise else part * 0 for part in parts)
+        return self.fit(*parts)
+
+    def multiply(self, x: Number, y: Number) -> Number:
+        if not x.im and not y.im:
+            return self.fit(x.re * y.re, x.im)
+        return self.fit(x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re)
+
+    def divide(self, x: Number, y: Number) -> Number:
+        if not x.im and not y.im:
+            return self.fit(x.re / y.re, x.im)
+        size = y.re * y.re + y.im * y.im
+        return self.multiply(x, self.fit(y.re / size, -y.im / size))
+
+    def power(self, x: Number, y: Number) -> Number:
+        """Square and multiply; a broken exponent is a root, the real one if there is one."""
+        top, bottom = y.re.as_integer_ratio()
+        if not y.im and bottom % 2 and bottom > 1 and x.re < 0 and not x.im:
+            size = self.power(Number(-x.re), y)
+            return Number(-size.re) if top % 2 else size
+        if y.im or bottom > 2 or bottom == 2 and x.im:
+            return self.exp(self.multiply(y, self.log(x)))
+        x, result = self.square_root(x.re) if bottom == 2 else x, ONE
+        for bit in bin(abs(top))[2:]:
+            result = self.multiply(result, result)
+            result = self.multiply(result, x) if bit == "1" else result
+        return self.divide(ONE, result) if top < 0 else result
+
+    def square_root(self, x: Fraction) -> Number:
+        root = Fraction(*map(math.isqrt, abs(x).as_integer_ratio()))
+        if root * root != abs(x):
+            self.cut(Fraction(0))
+            root = Fraction(math.isqrt(int(abs(x) * self.scale**2)), self.scale)
+        return self.fit(root, x * 0) if x >= 0 else self.fit(x * 0, root)
+
+    def cut(self, *parts: Fraction) -> Number:
+        """Make an inexact number, where what is as small as the noise can only be zero."""
+        self.exact = False
+        if len(self.seed) > MAX_INEXACT:
+            raise Unsure("too long to be computed with enough digits")
+        cut = (Fraction(int(part * self.scale), self.scale) for part in parts)
+        return Number(*(part if abs(part) > self.noise else Fraction(0) for part in cut))
+
+    def exp(self, x: Number) -> Number:
+        """Sum the series of e^(x / 2^40), where a term adds ten digits at least; square back."""
+        scale, (a, b) = self.scale, self.cut(*x)
+        self.spend(scale.bit_length() ** 2 // 10_000)
+        if abs(a) > 90:
+            raise Unsure("too large or too small")
+        b = b % (2 * self.pi) if abs(b) > 7 else b
+        a, b = int(a * scale) >> 40, int(b * scale) >> 40
+        re, im = term_re, term_im = scale, 0
+        for n in range(1, scale.bit_length() // 33):
+            term_re, term_im = term_re * a - term_im * b, term_re * b + term_im * a
+            term_re, term_im = term_re // (n * scale), term_im // (n * scale)
+            re, im = re + term_re, im + term_im
+        for _ in range(40):
+            re, im = (re * re - im * im) // scale, 2 * re * im // scale
+        return self.cut(Fraction(re, scale), Fraction(im, scale))
+
+    def log(self, x: Number) -> Number:
+        """Solve e^y = x by Halley's rule: every round triples the 15 digits of the float."""
+        if x not in self.logs:
+            if self.extreme:
+                raise Unsure("too large or too small")
+            start, good = cmath.log(complex(*x)), 15
+            y = Number(Fraction(start.real), Fraction(start.imag))
+            while 10**good < self.scale:
+                good *= 3
+                e = self.exp(y)
+                a, b, c, d = x.re - e.re, x.im - e.im, x.re + e.re, x.im + e.im
+                size = (c * c + d * d) / 2  # y += 2 (x - e) / (x + e)
+                y = self.cut(y.re + (a * c + b * d) / size, y.im + (b * c - a * d) / size)
+            self.logs[x] = y
+        return self.logs[x]
+
+    @cached_property
+    def pi(self) -> Fraction:
+        return self.log(MINUS_ONE).im
+
+
+class Reader:
+    """Recursive descent that computes as it reads: a method for each rule of the grammar."""
+
+    def __init__(self, tokens: tuple[str, ...], work: Work) -> None:
+        self.tokens = ["", *tokens[::-1]]  # a stack: the last one is the next to be read
+        self.work, self.depth = work, 0
+        self.in_call = False  # sin 30° is 1/2; outside of calls the sign is decoration
+
+    def take(self, *wanted: str) -> str:
+        return self.tokens.pop() if self.tokens[-1] in wanted else ""
+
+    def need(self, *wanted: str) -> None:
+        if not self.take(*wanted):
+            raise Unsure(f"{self.tokens[-1]!r} has no place here, or too many of them")
+
+    def whole(self) -> Number:
+        value = self.sum()
+        if self.tokens != [""]:
+            raise Unsure("something is left over")
+        return value
+
+    def sum(self) -> Number:
+        total = self.product()
+        while self.tokens[-1] in ("+", "-"):
+            total = self.work.add(total, self.product())
+        return total
+
+    def product(self) -> Number:
+        total, mark = self.factor(), ""
+        while self.tokens[-1] in ("·", "/") or self.starts_factor():
+            if mark == "/" and self.starts_factor():
+                raise Unsure("1/2x has two readings")
+            mark = self.take("·", "/")
+            step = self.work.divide if mark == "/" else self.work.multiply
+            total = step(total, self.factor())
+        return total
+
+    def starts_factor(self) -> bool:
+        """Say whether a factor follows without a sign; a number may not (1 2 is not 2)."""
+        return re.match(r"[({∞]|\\?[^\W\d_]", self.tokens[-1]) is not None
+
+    def factor(self, powers: bool = True) -> Number:
+        negative = False
+        while sign := self.take("+", "-"):
+            negative ^= sign == "-"
+        value = self.atom()
+        if powers and self.take("^"):
+            value = self.work.power(value, self.factor(powers=False))
+            if self.tokens[-1] == "^":
+                raise Unsure("2^3^4 has two readings")
+        if self.take("°") and self.in_call:
+            value = self.work.multiply(value, Number(self.work.pi / 180))
+        return self.work.multiply(MINUS_ONE, value) if negative else value
+
+    def atom(self) -> Number:
+        self.depth += 1
+        self.work.spend(2)
+        token = self.tokens.pop().strip('"')
+        if self.depth > MAX_DEPTH:
+            raise Unsure("too deep")
+        if token[1:] in FUNCTIONS:
+            value = self.call(token[1:])
+        elif token == "∞" or SYMBOL.fullmatch(token) or self.tokens[-1] == "_":
+            value = self.variable(token)
+        elif token[0] in "0123456789.":
+            value = self.work.fit(Fraction(token), Fraction(0))
+        elif token in ("(", "{"):
+            value = self.sum()
+            self.need(")" if token == "(" else "}")
+        elif token == r"\frac":
+            value = self.work.divide(self.factor(powers=False), self.factor(powers=False))
+        elif token == r"\sqrt":
+            degree = HALF
+            if self.take("["):
+                degree = self.work.divide(ONE, self.sum())
+                self.need("]")
+            value = self.work.power(self.factor(powers=False), degree)
+        elif token == "π":
+            value = Number(self.work.pi)
+        elif token == "e":
+            value = self.work.exp(ONE)
+        elif token == "i":
+            value, self.work.complex = I, True
+        else:
+            raise Unsure(f"what is {token!r}?")
+        self.depth -= 1
+        return value
+
+    def variable(self, name: str) -> Number:
+        """Give a variable, or a number in a base such as 12_5, its random value at this point."""
+        if self.take("_"):
+            group = self.take("{")
+            name += "_" + self.tokens.pop()
+            while group and not self.take("}"):
+                name += self.tokens.pop()
+        if name in "fgFGP" and self.tokens[-1] == "(":
+            raise Unsure("f(2x) is not 2 f(x)")
+        known, point = self.work.variables, self.work.point
+        if name not in known:
+            draw = random.Random(f"{self.work.seed} {name} {point}").randint
+            value = Fraction(draw(1000, 3000), draw(1000, 3000))
+            negative = point >> len(known) & 1 if len(known) < 3 else draw(0, 1)
+            known[name] = Number(-value if negative else value)
+        return known[name]
+
+    def call(self, name: str) -> Number:
+        r"""Read \sin^2 3x or \log_2(8); a bare argument runs on while factors are juxtaposed."""
+        work = self.work
+        base = self.atom() if name == "log" and self.take("_") else TEN
+        exponent = self.factor(powers=False) if self.take("^") else ONE
+        outer, self.in_call = self.in_call, True
+        bracket = self.tokens[-1] in ("(", "{")
+        x = self.atom() if bracket else self.factor()
+        while not bracket and self.starts_factor() and self.tokens[-1][1:] not in FUNCTIONS:
+            x = work.multiply(x, self.factor())
+        self.in_call = outer
+        if exponent.re <= 0 or self.tokens[-1] in ("^", "°", "°" if bracket else "/"):
+            raise Unsure("sin^{-1} x, sin(x)^2 and sin x/2 have two readings")
+        if name in ("ln", "log"):
+            value = work.log(x) if name == "ln" else work.divide(work.log(x), work.log(base))
+            return work.power(value, exponent)
+        if x.im:
+            raise Unsure("an angle is real")
+        cos, sin = map(Number, work.exp(work.multiply(I, x)))
+        parts = {"sin": (sin, ONE), "cos": (cos, ONE), "tan": (sin, cos)}
+        parts |= {"cot": (cos, sin), "sec": (ONE, cos), "csc": (ONE, sin)}
+        return work.power(work.divide(*parts[name]), exponent)
+
+
+# --- D. The report --------------------------------------------------------------------------------
+
+
+def show(value: float | None, digits: int = 3) -> str:
+    """A number for a table; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def recent_kl(history: Sequence[dict[str, Any]]) -> float:
+    """KL to the reference, in nats a turn: the mean over the last five training batches."""
+    return mean(metrics["kl"] for metrics in history[-5:]) or 0.0
+
+
+def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
+    """What the reference can do: the distribution of V^*, and how many problems can teach."""
+    solved = scores(dialogues, 0)  # of N samples, for each problem
+    never, always = mean(s == 0 for s in solved), mean(s == 1 for s in solved)
+    values = {role: [v for (_, r), v in v_star.items() if r == role] for role in ROLES}
+    counts, _ = np.histogram(values["solve"], bins=10, range=(0, 1))
+    print(f"V* of {len(solved)} problems, solve role:")
+    for tenth, count in enumerate(counts):
+        bar = "#" * math.ceil(50 * count / max(counts))
+        print(f"  {tenth / 10:.1f} to {tenth / 10 + 0.1:.1f} {count:>6} {bar}".rstrip())
+    print("  mean: " + ", ".join(f"{role} {show(mean(v), 2)}" for role, v in values.items()))
+    print(f"  never solved {never:.0%}, always solved {always:.0%}: these cannot teach solving")
+    print(f"  pass@{len(dialogues) // len(solved)} of the reference {1 - never:.2f}: the ceiling")
+
+
+def report_training(
+    summary: dict[str, Any], base: Sequence[Dialogue], new: Sequence[Dialogue]
+) -> None:
+    """The table of before and after, and the first problem that the base got wrong."""
+    rows = {
+        "acc_t1": "accuracy, first attempt (acc@t1)",
+        "acc_final": "accuracy, final answer (acc@final)",
+        "verifier_balanced_acc": "verifier, own attempts (balanced)",
+        "verifier_pool_balanced_acc": "verifier, fixed pool (balanced)",
+        "mean_response_tokens": "response length (tokens a turn)",
+    }
+    before, after = summary["before"], summary["after"]
+    print(f"\n{before['n']} held-out problems, greedy{'before':>19}{'after':>9}")
+    for name, text in rows.items():
+        digits = 1 if name == "mean_response_tokens" else 3
+        print(f"  {text:<42}{show(before[name], digits):>8} {show(after[name], digits):>8}")
+    print(f"  {'KL to the reference (nats a turn)':<42}{show(0.0):>8} {show(summary['kl']):>8}")
+    print(f"  revisions after training: {after['fixed']} mended, {after['broken']} broken")
+    for old, now in zip(base, new):
+        if not old.attempts[-1].correct:
+            print("\nThe first held-out problem that the base got wrong, before training:")
+            print_dialogue(old)
+            print("and after:")
+            print_dialogue(now)
+            break
+
+
+def report_evaluation(summary: dict[str, Any]) -> None:
+    """The evaluation as tables: accuracies with their intervals, the verifier, everything else."""
+    groups = {"all problems": summary}
+    for trait in ("level", "subject"):
+        groups |= {f"{trait} {name}": group for name, group in summary[f"by_{trait}"].items()}
+    print(f"\n{'':<24}{'n':>6}   {'acc@t1 [95 % interval]':<24}acc@final [95 %]")
+    for name, group in groups.items():
+        cells = [f"{group[k]:.3f} [{{:.3f}}, {{:.3f}}]" for k in ("acc_t1", "acc_final")]
+        first, final = (c.format(*group[k]) for c, k in zip(cells, ("acc_t1_ci", "acc_final_ci")))
+        print(f"{name:<24.24}{group['n']:>6}   {first:<24}{final}")
+    figures = ("balanced_acc", "recall_right", "recall_wrong", "precision")
+    print(f"\n{'verifier':<22}" + "".join(f"{figure.replace('_', ' '):>14}" for figure in figures))
+    for kind, text in (("verifier", "own attempts"), ("verifier_pool", "fixed pool")):
+        print(f"  {text:<20}" + "".join(f"{show(summary[f'{kind}_{f}']):>14}" for f in figures))
+    print()
+    for name, value in summary.items():
+        if not isinstance(value, dict | list) and not re.match("n$|acc_|verifier", name):
+            print(f"  {name:<28}{value if isinstance(value, int) else show(value):>10}")
+    if "compare" in summary:
+        print(f"\ncompared with {summary['compare']['with']}:")
+    for name in ("acc_t1", "acc_final") if "compare" in summary else ():
+        found = summary["compare"][name]
+        low, high = found["ci"]
+        print(
+            f"  {name:<10}{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}], problems better "
+            f"{found['better']}, worse {found['worse']}, p = {found['p']:.1g}"
+        )
+
+
+def print_dialogue(dialogue: Dialogue) -> None:
+    """A dialogue as a person would write it down."""
+    print(f"  problem  {dialogue.problem.problem}")
+    for turn in dialogue.turns:
+        text = turn.text.strip() + ("" if turn.ended else " [cut off]")
+        print(f"  {turn.role:<8} " + text.replace("\n", "\n" + " " * 11))
+    gold = dialogue.problem.answer
+    if gold:
+        verdict = "right" if dialogue.attempts[-1].correct else f"wrong, it is {gold}"
+        print(f"           ({verdict})")
+
+
+# --- E. How sure can we be? -----------------------------------------------------------------------
+# 500 problems are a sample: "0.94" may be 0.92 or 0.96, and "better by 0.01" may be luck. So an
+# accuracy comes with a 95 % interval, and two models are compared on the same problems: only those
+# that one of them solved and the other did not say which is better. With --samples K the K attempts
+# at a problem can vote: by plain majority (*self-consistency*), or PAG's way, where only attempts
+# that the model's own check accepted have a vote. If checking is worth anything, that vote wins.
+
+
+def wilson(successes: float, n: int) -> list[float]:
+    """95 % interval of a proportion (Wilson 1927): unlike p +- 2 s it is right near 0 and 1, too.
+
+    >>> [round(x, 4) for x in wilson(81, 263)]    # Newcombe (1998), table I
+    [0.2553, 0.3662]
+    """
+    z = 1.959964  # the normal distribution has 95 % within +- z
+    centre, spread = (
+        successes + z * z / 2,
+        z * math.sqrt(successes * (1 - successes / n) + z * z / 4),
+    )
+    return [max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z))]
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> list[float]:
+    """95 % interval of a mean: that of the means of `draws` samples (n,) drawn with replacement."""
+    data, rng = np.asarray(values, float), np.random.default_rng(seed)
+    means = [data[rng.integers(len(data), size=len(data))].mean() for _ in range(draws)]
+    return np.quantile(means, [0.025, 0.975]).tolist()
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact p-value: how often a fair coin splits the problems that only one of two models solved
+    at least as unevenly.
+
+    >>> mcnemar(1, 9), mcnemar(0, 0)
+    (0.021484375, 1.0)
+    """
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that k of n attempts, `correct` of them right, hold a right one (Chen et al. 2021).
+
+    >>> pass_at_k(4, 2, 2)    # 5 of the 6 pairs
+    0.8333333333333334
+    """
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority(answers: Iterable[str | None]) -> str | None:
+    """The commonest answer, where 1/2 and 0.5 are one; the earliest of several; None has no vote.
+
+    >>> majority(["7", None, "12", "12", None, None])
+    '12'
+    """
+    votes: list[str] = []
+    for answer in filter(None, answers):
+        votes.append(next((vote for vote in votes if is_equiv(answer, vote)), answer))
+    return Counter(votes).most_common(1)[0][0] if votes else None
+
+
+def accepted_majority(dialogues: Sequence[Dialogue]) -> str | None:
+    """PAG's vote: the majority of the answers that its own check accepted (if none, of all)."""
+    judged = [pair for d in dialogues for pair in zip(d.attempts, d.checks)]
+    accepted = [attempt.answer for attempt, check in judged if check.verdict is True]
+    return majority(accepted) or majority(d.attempts[0].answer for d in dialogues)
+
+
+def by_problem(dialogues: Sequence[Dialogue]) -> list[Sequence[Dialogue]]:
+    """The dialogues about each problem; they come one problem after the other."""
+    groups = itertools.groupby(dialogues, key=lambda dialogue: dialogue.problem.index)
+    return [list(group) for _, group in groups]
+
+
+def scores(dialogues: Sequence[Dialogue], place: int) -> list[float]:
+    """Of each problem's dialogues the share whose attempt `place` (0: first, -1: last) is right.
+    Samples of one problem are not independent, so this is what gets an interval."""
+    return [mean(d.attempts[place].correct for d in group) for group in by_problem(dialogues)]
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """95 % interval of mean scores: Wilson's if each is 0 or 1, else the bootstrap's."""
+    counted = all(value in (0.0, 1.0) for value in values)
+    return wilson(sum(values), len(values)) if counted else bootstrap(values)
+
+
+def voting(dialogues: Sequence[Dialogue]) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4, ..., maj@K and pag@K of K dialogues about each problem."""
+    groups = by_problem(dialogues)
+    n, right = len(groups[0]), [sum(d.attempts[0].correct for d in group) for group in groups]
+    ks = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+    seen = {f"pass@{k}": mean(pass_at_k(n, c, k) for c in right) for k in ks}
+    plain = [majority(d.attempts[0].answer for d in group) for group in groups]
+    for name, votes in (("maj", plain), ("pag", map(accepted_majority, groups))):
+        pairs = zip(votes, groups)
+        seen[f"{name}@{n}"] = mean(is_equiv(vote, g[0].problem.answer) for vote, g in pairs)
+    return seen
+
+
+def compare(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, Any]:
+    """Is the first model better than the second on the same problems? For acc_t1 and acc_final the
+    paired difference with its interval, the problems on which one beats the other, and p."""
+    found = {}
+    for name, place in (("acc_t1", 0), ("acc_final", -1)):
+        gain = np.subtract(scores(first, place), scores(second, place))
+        split = {"better": int((gain > 0).sum()), "worse": int((gain < 0).sum())}
+        p = mcnemar(*split.values())
+        found[name] = {"difference": gain.mean().item(), "ci": bootstrap(gain), **split, "p": p}
+    return found
+
+
+# --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
+
+
+def check_in(
+    policy: Policy,
+    held_out: Sequence[Problem],
+    config: Config,
+    step: int,
+    earlier: list[Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """--eval-every: a line of eval.jsonl; best/ is the model of the best acc_final so far."""
+    summary, _ = evaluate_policy(policy, held_out, config)
+    first, final = show(summary["acc_t1"]), show(summary["acc_final"])
+    print(f"after update {step}: acc_t1 {first}, acc_final {final}")
+    if all(summary["acc_final"] > seen["acc_final"] for seen in earlier):
+        save_model(policy, folder / "best")
+    earlier.append({"step": step, **summary})
+    with (folder / "eval.jsonl").open("a", encoding="utf-8") as file:
+        print(json.dumps(earlier[-1]), file=file)
+    return {"step": step, **{f"eval/{name}": value for name, value in summary.items()}}
+
+
+def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None]:
+    """--log-to: what sends the numbers of a step on."""
+    try:
+        if config.log_to == "wandb":
+            import wandb
+
+            run = wandb.init(project="astarpo", dir=folder, config=dataclasses.asdict(config))
+            return lambda numbers: run.log(numbers, step=numbers["step"])
+        if config.log_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            add = SummaryWriter(str(folder)).add_scalar
+            numeric = (int, float)
+            return lambda numbers: [
+                add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, numeric)
+            ]
+    except ImportError as error:
+        raise UsageError(f"--log-to: {error}; pip install {config.log_to}") from error
+    return lambda numbers: None
+
+
+# Okabe and Ito's colours: people with any kind of colour vision can tell them apart.
+
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PANELS = (  # title, y axis, its limits, (metric, name, colour)...
+    ("Loss", "squared error (reward²)", None, [("loss", "all turns", BLUE)]),
+    ("Reward by role, accuracy", "mean reward", None, [
+        ("acc_t1", "solve = acc@t1", BLUE), ("acc_final", "acc@final", GREEN),
+        ("reward_verify", "verify", ORANGE), ("reward_revise", "revise", RED)]),
+    ("Verifier: what it recognises", "recall", (-0.03, 1.03), [
+        ("verifier_recall_right", "right attempts", BLUE),
+        ("verifier_recall_wrong", "wrong attempts", RED)]),
+    ("Revisions", "share", (-0.03, 1.03), [
+        ("answer_change_ratio", "revisions that change", GREEN),
+        ("revision_rate", "problems revised", ORANGE)]),
+    ("Length and KL", "tokens a turn (blue)", None, [("response_tokens", "length", BLUE)]),
+)  # fmt: skip
+
+
+def smooth(values: Sequence[float], width: int) -> np.ma.MaskedArray:
+    """Running mean over about `width` steps of the numbers that there are. (n,) -> (n,)
+
+    >>> smooth([1.0, math.nan, 3.0, 5.0], 3).tolist()
+    [1.0, 2.0, 4.0, 4.0]
+    """
+    known, half = np.ma.masked_invalid(values), width // 2
+    means = [known[max(0, i - half) : i + half + 1].mean() for i in range(len(known))]
+    return np.ma.masked_invalid([math.nan if m is np.ma.masked else m for m in means])
+
+
+def load_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """What is drawn of some runs. Those that differ in the seed alone are one group, whose name
+    says what makes it unlike the others. Raises UsageError for a folder that is no run's."""
+    runs, groups = [], defaultdict(list)
+    for folder in folders:
+        try:
+            runs.append(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            for name in ("metrics", "v_star"):
+                runs[-1][name + "_rows"] = [row for _, row in read_jsonl(folder / f"{name}.jsonl")]
+        except OSError as error:
+            raise UsageError(f"{folder} is not the folder of a run: {error}") from error
+    idle = {"seed", "out", "v_star", "eval_limit", "eval_every", "log_to", "threads", "device"}
+    names = {item.name for item in dataclasses.fields(Config)} - idle  # idle: not for learning
+    unlike = sorted(name for name in names if len({run.get(name) for run in runs}) > 1)
+    for run in runs:
+        groups[", ".join(f"{name} {run.get(name)}" for name in unlike)].append(run)
+    return groups
+
+
+def draw_curves(axis: Any, groups: Iterable[Any], metric: str, label: str, colour: str) -> None:
+    """A metric of each group of runs: raw points, the smoothed mean, the band of its seeds."""
+    for style, runs in zip(itertools.cycle(("-", "--", ":", "-.")), groups):
+        longest = max(len(run["metrics_rows"]) for run in runs)
+        steps, curves = range(1, longest + 1), np.ma.masked_all((len(runs), longest))
+        for row, run in enumerate(runs):
+            raw = np.array(
+                [step.get(metric) for step in run["metrics_rows"]], float
+            )  # None becomes nan
+            axis.plot(steps[: len(raw)], raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
+            curves[row, : len(raw)] = smooth(raw, max(3, longest // 10))
+        axis.plot(steps, curves.mean(0), style, color=colour, lw=2.5, label=label)
+        if len(runs) > 1:
+            axis.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)
+        label = "_"  # the colours are explained once
+
+
+def draw_v_star(axis: Any, runs: Iterable[dict[str, Any]]) -> None:
+    """V^* of the solve role, the problems stacked by level."""
+    from matplotlib import colormaps
+
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in (row for run in runs for row in run["v_star_rows"][1:]):
+        values[str(row["level"])].append(row["v_star"]["solve"])
+    levels = sorted(values)
+    columns, bins = [values[level] for level in levels], np.linspace(0, 1, 11).tolist()
+    colours = colormaps["cividis"](np.linspace(0.95, 0.1, len(levels)))
+    axis.hist(columns, bins, stacked=True, color=colours, label=levels)
+    axis.set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
+    axis.legend(title="level")
+
+
+def plot(runs: Sequence[Path], out: Path) -> None:
+    """Draw the dashboard of some runs into one picture. Raises ImportError without matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    groups = load_runs(runs)
+    with matplotlib.rc_context({"font.size": 15, "legend.fontsize": 12, "lines.markersize": 5}):
+        figure = Figure(figsize=(13.5, 8.4), layout="constrained")
+        axes = figure.subplots(2, 3).flat
+        for axis, (title, unit, limits, metrics) in zip(axes, PANELS):
+            for metric in metrics:
+                draw_curves(axis, groups.values(), *metric)
+            axis.set(xlabel="update", ylabel=unit, ylim=limits)
+            axis.set_title(title, pad=42 if len(metrics) > 1 else 6)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+        axes[3].axhspan(-0.03, 0.1, color="0.85", label="collapse zone")
+        second = axes[4].twinx()
+        draw_curves(second, groups.values(), "kl", "KL", RED)
+        second.set_ylabel("KL to the reference\n(nats a turn, red)")
+        for axis in axes[1:4]:
+            above = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.98), "frameon": False}
+            axis.legend(**above, ncols=2, handlelength=1, columnspacing=1)
+        styles = zip(itertools.cycle(("-", "--", ":", "-.")), groups)
+        if len(groups) > 1:
+            lines = [Line2D([], [], color="black", ls=style) for style, _ in styles]
+            figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
+        draw_v_star(axes[5], itertools.chain(*groups.values()))
+        figure.savefig(out)
+
+
+def draw(folder: Path) -> None:
+    """A finished run's dashboard.png; without matplotlib, how to get it."""
+    try:
+        plot([folder], folder / "dashboard.png")
+    except ImportError:
+        print(f"no picture: pip install matplotlib, then python astarpo.py plot {folder}")
+
+
+# Why is nothing learned? The commonest questions about a run, answered from its own numbers. A
+# number that is not known is nan, and nan fulfils no condition.
+
+WINDOW = 5  # training batches that are looked at together
+SYMPTOMS: list[tuple[Callable[[dict[str, float]], bool], str]] = [
+    (lambda f: f["truncated_rate"] > 0.5, """{truncated_rate:.0%} of the responses were cut off at
+        --max-new-tokens {max_new_tokens}, mostly before an answer could come: raise it."""),
+    (lambda f: f["no_answer_rate"] > 0.5, """{no_answer_rate:.0%} of the attempts hold no answer
+        that can be extracted, so they earn nothing. Read some ('solve'); if the model does not
+        write \\boxed{{}}, take one that follows instructions."""),
+    (lambda f: f["never"] > 0.9, """{never:.0%} of the problems were not solved once in
+        {num_samples} samples (V* = 0): no reward, nothing to learn from. Take easier problems, a
+        stronger --model, or more --num-samples."""),
+    (lambda f: f["always"] > 0.9, """{always:.0%} of the problems were solved by each of
+        {num_samples} samples (V* = 1): nothing is left to learn. Take harder problems."""),
+    (lambda f: f["any_skipped"] > 0, """The loss or its gradient is not finite (step {step:.0f}).
+        Such updates are left out; if they go on, lower --lr or use --dtype float32."""),
+    (lambda f: f["kl"] > f["response_tokens"], """KL to the reference is {kl:.0f} nats a turn of
+        {response_tokens:.0f} tokens: more than one a token, the policy is running away. Lower
+        --lr or raise --beta2."""),
+    (lambda f: abs(f["verifier_recall_right"] - f["verifier_recall_wrong"]) > 0.95, """The verifier
+        says one thing only: it recognises {verifier_recall_right:.0%} of the right attempts and
+        {verifier_recall_wrong:.0%} of the wrong ones. It needs both kinds to judge (problems that
+        are solved about half the time); try a lower --lr, too."""),
+    (lambda f: (f["same_text_rate"] > 0.5 and f["batch_size"] > 3) or f["response_tokens"] < 2,
+        """The responses collapse: {same_text_rate:.0%} of a batch's first attempts are the same
+        text, and a response has {response_tokens:.1f} tokens. Lower --lr or raise --beta2."""),
+    (lambda f: f["best"] - f["acc_final"] > max(0.1, 4 * math.sqrt(0.1 / f["batch_size"])),
+        """acc_final fell from {best:.2f} (until step {best_step:.0f}) to {acc_final:.2f}, by more
+        than chance. Stop earlier or lower --lr; --eval-every keeps the best model in best/."""),
+]  # fmt: skip
+
+
+def explain(facts: dict[str, Any], said: set[str]) -> None:
+    """Print the sentence of each symptom that the facts show, unless it was `said` before."""
+    known = defaultdict(lambda: math.nan, {k: v for k, v in facts.items() if v is not None})
+    for shown, sentence in SYMPTOMS:
+        if sentence not in said and shown(known):
+            said.add(sentence)
+            text = "! " + " ".join(sentence.format_map(known).split())
+            live = sys.stdout.isatty()  # there the progress bar's line is still open
+            print(
+                "\n" * live
+                + textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False)
+            )
+
+
+def stage_one_facts(dialogues: Sequence[Dialogue], config: Config) -> dict[str, Any]:
+    """What stage 1 shows; samples that --v-star brought back have no texts to be judged."""
+    solved = scores(dialogues, 0)
+    shares = {"never": mean(s == 0 for s in solved), "always": mean(s == 1 for s in solved)}
+    return dataclasses.asdict(config) | (statistics(dialogues) if dialogues[0].ids else {}) | shares
+
+
+def training_facts(history: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """Means over the last batches, and the best acc_final of as many batches."""
+    last = history[-WINDOW:]
+    facts = {"any_skipped": last[-1]["skipped"], "step": last[-1]["step"]}
+    if len(history) >= WINDOW:
+        facts |= {k: mean(m[k] for m in last if m[k] is not None) for k in last[0] if k != "step"}
+        finals = [m["acc_final"] for m in history]
+        means = [mean(finals[i - WINDOW : i]) for i in range(WINDOW, len(finals) + 1)]
+        facts |= {"best": max(means), "best_step": WINDOW + int(np.argmax(means))}
+    return dataclasses.asdict(config) | facts
+
+
+def stop_if_sick(history: Sequence[dict[str, Any]]) -> None:
+    """Raise RunError if no update was possible for some steps."""
+    if len(history) >= WINDOW and all(metrics["skipped"] for metrics in history[-WINDOW:]):
+        raise RunError(
+            f"no finite loss and gradient in {WINDOW} steps running, so the run stops; checkpoint/ "
+            "is the model after its last good update. Lower --lr, or use --dtype float32"
+        )
+
+
+# --- G. Our own problems --------------------------------------------------------------------------
+# Problems that a person recognises, each with several ways of treating it: a hasty one, a worked
+# one, a check by another route, and a thorough second try. `python astarpo.py data` writes them.
+# Pairs of operands are split by a hash: the *reserved* ones occur in held-out problems only, never in
+# training problems nor in any step that the base was shown.
+
+WORKED, CHECK, THOROUGH = "Step by step: ", "Check: ", "Carefully: "
+CORRECT, WRONG = "The answer is correct.", "The answer is wrong."
+NAMES = ["Anna", "Ben", "Carla", "David"]
+THINGS = [" apples", " books", " coins", " marbles"]
+STORIES = {
+    "sum": [
+        "{n} has {a}{t} and buys {b} more. How many{t} does {n} have now?",
+        "There are {a}{t} in one box and {b} in another. How many{t} are there in total?",
+    ],
+    "difference": [
+        "{n} has {a}{t} and gives away {b}. How many{t} are left?",
+        "A shop had {a}{t} and sold {b}. How many{t} are left?",
+    ],
+    "product": [
+        "A shop has {a} boxes of {b}{t}. How many{t} are there in total?",
+        "{n} fills {a} bags with {b}{t} each. How many{t} are there in total?",
+    ],
+    "product - c": ["{n} buys {a} bags of {b}{t} and gives away {c}. How many{t} are left?"],
+    "product + c": ["{n} has {c}{t} and buys {a} bags of {b}{t}. How many{t} does {n} have now?"],
+}
+
+
+@dataclass
+class Task:
+    """A problem and the ways of treating it: hasty, worked, checked, thorough."""
+
+    kind: str
+    text: str
+    level: int
+    answer: str
+    hasty: str  # the answer that a slip of habit gives, always the same slip
+    worked: str
+    thorough: str
+    check: Callable[[str], tuple[str, int, int]]  # an answer -> (working, found, expected)
+
+
+def box(answer: object) -> str:
+    return f"\\boxed{{{answer}}}"
+
+
+def tell(rng: random.Random, kind: str, a: int, b: int, c: int = 0) -> str:
+    """The problem as a small story."""
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    return rng.choice(STORIES[kind]).format(n=name, t=thing, a=a, b=b, c=c)
+
+
+def slipshod(a: int, b: int, sign: int) -> int:
+    """a ± b column by column: carries are forgotten, borrows turned round (83 - 47 = 44)."""
+    pairs = zip(str(a), str(b).zfill(len(str(a))), strict=True)
+    first, *rest = (int(x) + int(y) if sign > 0 else abs(int(x) - int(y)) for x, y in pairs)
+    return int(str(first) + "".join(str(c % 10) for c in rest))
+
+
+def columns(a: int, b: int, sign: int) -> str:
+    """a ± b as the sum of its columns: 83 - 47 is `40 - 4`, 347 + 86 is `300 + 120 + 13`."""
+    out = ""
+    for place in (100, 10, 1):
+        value = (a // place % 10 + sign * (b // place % 10)) * place
+        if place <= max(a, b):
+            out += f" {'-' if value < 0 else '+'} {abs(value)}" if out else str(value)
+    return out
+
+
+def make_sum(rng: random.Random, story: bool) -> Task:
+    """47 + 36 or 83 - 47, checked by the inverse operation."""
+    a, b, sign = rng.randrange(10, 100), rng.randrange(10, 100), rng.choice([1, -1])
+    if sign < 0 and a - b < 2:
+        return make_sum(rng, story)
+    kind, op, back = ("sum", "+", "-") if sign > 0 else ("difference", "-", "+")
+    tens, result, quick = a + sign * (b // 10 * 10), a + sign * b, slipshod(a, b, sign)
+
+    def check(answer: str) -> tuple[str, int, int]:
+        c = int(answer)
+        return f"{c} {back} {b} = {columns(c, b, -sign)}", c - sign * b, a
+
+    text = tell(rng, kind, a, b) if story else f"What is {a} {op} {b}?"
+    worked = f"{columns(a, b, sign)} = {box(result)}"
+    thorough = f"{a} {op} {b // 10 * 10} = {tens}, {tens} {op} {b % 10} = {box(result)}"
+    level = 1 if quick == result else 2
+    return Task(kind, text, level, str(result), str(quick), worked, thorough, check)
+
+
+def make_product(rng: random.Random, story: bool) -> Task:
+    """47 * 36 by the ones and tens of the second factor, checked by those of the first."""
+    a, b = rng.randrange(11, 100), 10 * rng.randrange(2, 10) + rng.randrange(2, 10)
+    (a1, a0), (b1, b0) = divmod(a, 10), divmod(b, 10)
+    outer, cross, inner = a1 * b1 * 100, (a1 * b0 + a0 * b1) * 10, a0 * b0
+
+    def check(answer: str) -> tuple[str, int, int]:
+        return f"{a1 * 10 * b} + {a0 * b}", a * b, int(answer)
+
+    text = tell(rng, "product", a, b) if story else f"What is {a} * {b}?"
+    worked = f"{a * b0} + {a * b1 * 10} = {box(a * b)}"
+    most = outer + cross
+    thorough = f"{outer} + {cross} = {most}, {most} + {inner} = {box(a * b)}"
+    level, quick = 4 if a * b < 2500 else 5, str(outer + inner)  # haste: tens*tens, ones*ones
+    return Task("product", text, level, str(a * b), quick, worked, thorough, check)
+
+
+def make_division(rng: random.Random, story: bool) -> Task:
+    """347 / 6 digit by digit, as a mixed number; haste forgets the remainder."""
+    b = rng.randrange(2, 10)
+    a = rng.randrange(100, 100 * b)  # so that the quotient has two digits
+    q, r = divmod(a, b)
+    answer = f"{q}\\frac{{{r}}}{{{b}}}" if r else str(q)
+    first, second = a // 10, a // 10 % b * 10 + a % 10
+    rest, low = a - q // 10 * 10 * b, q % 10 * b
+
+    def check(text: str) -> tuple[str, int, int]:
+        whole, *fraction = map(int, re.findall(r"\d+", text))
+        working, found = f"{whole} * {b}", whole * b
+        if fraction:
+            working, found = f"{working} = {found}, {found} + {fraction[0]}", found + fraction[0]
+        return working, found, a
+
+    steps = f"{first} / {b} = {q // 10} r {first % b}, {second} / {b} = {q % 10} r {r}, "
+    slow = f"{a} - {a - rest} = {rest}, {rest} - {low} = {r}, {box(answer)}"
+    level, text = 2 if r == 0 else 3 if b < 6 else 4, f"What is {a} / {b}?"
+    return Task("division", text, level, answer, str(q), steps + box(answer), slow, check)
+
+
+def make_equation(rng: random.Random, story: bool) -> Task:
+    """3x + 17 = 62, checked by substitution; haste forgets carries and to divide."""
+    m = rng.choice([1, 1, 1, 2, 3, 4, 5, 6, 7, 8])
+    x, b, sign = rng.randrange(11, 90), rng.randrange(10, 90), rng.choice([1, -1])
+    c = m * x + sign * b
+    if not (10 <= c < 100 and m * x < 100):
+        return make_equation(rng, story)
+    op, back, left = "+" if sign > 0 else "-", "-" if sign > 0 else "+", "x" if m == 1 else f"{m}x"
+    high, low = max(b, c) if sign < 0 else c, min(b, c) if sign < 0 else b
+    quick = slipshod(high, low, -sign)
+
+    def check(answer: str) -> tuple[str, int, int]:
+        product = m * int(answer)
+        start = "" if m == 1 else f"{m} * {answer} = {product}, "
+        return f"{start}{product} {op} {b}", product + sign * b, c
+
+    split = f"{m * x}, {m * (x // 10 * 10)} + {m * (x % 10)} = {m * x}, "
+    worked = f"{c} {back} {b} = " + (box(x) if m == 1 else f"{m * x} = {m} * {box(x)}")
+    thorough = f"{columns(high, low, -sign)} = {'' if m == 1 else split}{box(x)}"
+    level = (1 if quick == x else 2) if m == 1 else 3 if m < 4 else 4
+    text = f"Solve {left} {op} {b} = {c} for x."
+    return Task("equation", text, level, str(x), str(quick), worked, thorough, check)
+
+
+def make_two_steps(rng: random.Random, story: bool) -> Task:
+    """7 bags of 24, less 39: checked backwards; haste stops after the first step."""
+    m, a, b = rng.randrange(3, 10), rng.randrange(11, 100), rng.randrange(10, 100)
+    sign = rng.choice([1, -1])
+    product, result = m * a, m * a + sign * b
+    if min(product, result) < 100:
+        return make_two_steps(rng, story)
+    op, back = "+-" if sign > 0 else "-+"
+    split = f"{m * (a // 10 * 10)} + {m * (a % 10)} = {product}, "
+
+    def check(answer: str) -> tuple[str, int, int]:
+        return f"{split}{answer} {back} {b}", int(answer) - sign * b, product
+
+    text, level = tell(rng, f"product {op} c", m, a, b), 3 if product < 300 else 4
+    worked = f"{a} * {m} = {product}, {product} {op} {b} = {box(result)}"
+    slow = f"{split}{columns(product, b, sign)} = {box(result)}"
+    return Task("two steps", text, level, str(result), str(product), worked, slow, check)
+
+
+# Each family: (maker, its subject, a story?, share of the data, the part of it that haste gets
+# right (None: as it falls), share of the demonstrations: the harder, the more of them).
+FAMILIES = [
+    (make_sum, "Arithmetic", False, 0.18, 0.8, 0.20),
+    (make_product, "Multiplication", False, 0.22, None, 0.25),
+    (make_division, "Division", False, 0.10, 0.3, 0.15),
+    (make_equation, "Equations", False, 0.14, 0.8, 0.20),
+    (make_sum, "Word Problems", True, 0.07, 0.8, 0.05),
+    (make_product, "Word Problems", True, 0.16, None, 0.05),
+    (make_two_steps, "Word Problems", True, 0.13, None, 0.10),
+]
+
+
+def reserved(a: int, b: int) -> bool:
+    """Is this pair kept for held-out problems? (The tables that all learn by heart are not.)"""
+    low, high = min(a, b), max(a, b)
+    if low < 10 and high < 100:
+        return False
+    return zlib.crc32(f"{low},{high}".encode()) % 8 == 2  # 47 * 36 is one of them
+
+
+def is_reserved(task: Task) -> bool:
+    """Are its two largest numbers a reserved pair, in whatever order and operation?"""
+    low, high = sorted(map(int, re.findall(r"\d+", task.text)))[-2:]
+    return reserved(low, high)
+
+
+def make_task(rng: random.Random, demo: bool) -> tuple[str, Task]:
+    """Draw a family and a problem of it, whose haste is right as often as the table says."""
+    weights = [f[5] if demo else f[3] for f in FAMILIES]
+    maker, subject, story, _, easy, _ = rng.choices(FAMILIES, weights)[0]
+    if easy is None:
+        return subject, maker(rng, story)
+    want = rng.random() < (0.3 if demo else easy)  # nothing is to be learnt from easy ones
+    while True:
+        task = maker(rng, story)
+        if (task.hasty == task.answer) == want:
+            return subject, task
+
+
+def make_data(folder: Path, seed: int = 0, size: int = 2000) -> None:
+    """Write train.jsonl and test.jsonl, which never share a pair of operands."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, held_out in (("train", False), ("test", True)):
+        seen: set[str] = set()
+        lines: list[str] = []
+        while len(lines) < size:
+            subject, task = make_task(rng, demo=False)
+            numbers = sorted(re.findall(r"\d+", task.text))  # sorted: no mirror images either
+            key = f"{subject} {task.kind} {numbers}"
+            if is_reserved(task) != held_out or key in seen:
+                continue
+            seen.add(key)
+            gold = task.answer
+            if found := re.fullmatch(r"(\d+)\\frac\{(\d+)\}\{(\d+)\}", gold):
+                whole, part, of = map(int, found.groups())
+                ratio = whole + Fraction(part, of)
+                gold = f"\\frac{{{ratio.numerator}}}{{{ratio.denominator}}}"
+            row = {"problem": task.text, "solution": WORKED + task.worked, "answer": gold}
+            lines.append(json.dumps(row | {"level": task.level, "subject": subject}) + "\n")
+        (folder / f"{name}.jsonl").write_bytes("".join(lines).encode())
+
+
+# --- H. The base model ----------------------------------------------------------------------------
+# A tiny Qwen2 that has been shown demonstrations: first of careful ways alone, then mostly of
+# hasty ones. The first token of a response decides for one or the other, so that a policy can learn
+# to choose. The wrong answers come from systematic slips, not from noise: decoding greedily does
+# not remove them.
+
+Said = tuple[str, str, bool]  # role, text, learn from it?
+
+
+def worked_check(task: Task, answer: str) -> str:
+    """The worked check: another route, a comparison, and only then the verdict."""
+    working, found, expected = task.check(answer)
+    end = f"same. {CORRECT}" if found == expected else f"differ. {WRONG}"
+    return f"{CHECK}{working} = {found} vs {expected}: {end}"
+
+
+def gives_away(text: str) -> bool:
+    """Does some step `p op q` of this text show a reserved pair?"""
+    steps = re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", text)
+    return any(reserved(int(p), int(q)) for p, q in steps)
+
+
+def usable(task: Task, answer: str) -> bool:
+    """Can this answer be checked in a demonstration (no negative number, no reserved pair)?"""
+    working, found, _ = task.check(answer)
+    return found >= 0 and not gives_away(working)
+
+
+def slip(rng: random.Random, answer: str) -> str:
+    """The answer with one wrong digit (not in the denominator), most often a near miss."""
+    place = rng.choice([i for i, c in enumerate(answer.split("}{")[0]) if c.isdigit()])
+    digit = int(answer[place])
+    new = digit + rng.choice([-1, 1]) if rng.random() < 0.6 else rng.randrange(10)
+    if new == digit or not (0 if place else 1) <= new <= 9:
+        return slip(rng, answer)
+    return answer[:place] + str(new) + answer[place + 1 :]
+
+
+def demonstration(rng: random.Random, habits: bool) -> list[Said]:
+    """One dialogue. First only care is taught; the habits come later: 70% haste, 30% care.
+
+    A problem is dropped as a whole if any treatment of it shows a reserved pair: dropping only
+    the telling dialogues would drop the careful ones, which have more steps, and so teach more
+    haste. Injected slips are shown, so that checks and revisions have something to mend, but
+    never learnt: the base errs by habit, not by being taught wrong sums.
+    """
+    while True:
+        _, task = make_task(rng, demo=True)
+        hidden = is_reserved(task) or any(map(gives_away, (task.worked, task.thorough)))
+        if not hidden and usable(task, task.answer) and usable(task, task.hasty):
+            break
+    attempt, answer, learn = WORKED + task.worked, task.answer, True
+    draw = rng.random()
+    if draw < (0.10 if habits else 0.35):
+        answer, learn = slip(rng, task.answer), False
+        while not usable(task, answer):
+            answer = slip(rng, task.answer)
+        attempt = attempt.replace(box(task.answer), box(answer))
+        if rng.random() < 0.5:
+            attempt = box(answer)
+    elif draw < (0.73 if habits else 0.55):
+        attempt, answer = box(task.hasty), task.hasty
+    solve, judgment = SOLVE_PROMPT.replace("{problem}", task.text), worked_check(task, answer)
+    lazy = rng.random() < (0.7 if habits else 0.1)
+    if lazy:  # a coin, whatever the truth; a false alarm calls for a careful revision too
+        judgment = CORRECT if rng.random() < (0.6 if habits else 0.2) else WRONG
+    turns = [("user", solve, False), ("assistant", attempt, learn)]
+    turns += [("user", VERIFY_PROMPT, False), ("assistant", judgment, habits or not lazy)]
+    if judgment.endswith(WRONG):
+        hasty = habits and rng.random() < 0.65
+        revised = box(task.hasty) if hasty else THOROUGH + task.thorough
+        turns += [("user", REVISE_PROMPT, False), ("assistant", revised, True)]
+    return turns
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """The 256 bytes without merges, so any text has ids, and a token for each fixed phrase.
+
+    For any model of type qwen2, transformers 5 rebuilds a Qwen2Tokenizer, whatever the folder's
+    tokenizer_config.json says. So it is one from the start: its byte-level vocabulary and its
+    added tokens survive that (a WordLevel one is silently dropped).
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's byte alphabet
+    alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokenizer = Qwen2Tokenizer(
+        vocab={c: i for i, c in enumerate(alphabet)},
+        merges=[],
+        unk_token=None,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    roles = ["<|user|>", "<|assistant|>", "<|system|>"]
+    stories = [s for kind in STORIES.values() for s in kind]
+    phrases = [p for s in stories for p in re.split(r"\{\w\}", s) if len(p) > 1]
+    phrases += [SOLVE_PROMPT.replace("{problem}", ""), VERIFY_PROMPT, REVISE_PROMPT]
+    phrases += ["What is ", "Solve ", " for x.", WORKED, CHECK, THOROUGH, CORRECT, WRONG]
+    phrases += [" + ", " - ", " * ", " / ", " = ", " r ", ", ", " vs ", ": same. ", ": differ. "]
+    phrases += ["\\boxed{", "\\frac{", "}{", *NAMES, *THINGS]
+    tokenizer.add_tokens([AddedToken(r, special=True, normalized=False) for r in roles])
+    tokenizer.add_tokens([AddedToken(p, normalized=False) for p in dict.fromkeys(phrases)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return tokenizer
+
+
+def demo_ids(tokenizer: Qwen2Tokenizer, turns: list[Said]) -> list[tuple[int, bool]]:
+    """The dialogue's ids, as the chat template gives them, each with 'learn it?'."""
+    out: list[tuple[int, bool]] = []
+    for role, text, learn in turns:
+        ids = tokenizer.encode(f"<|{role}|>{text}<|end|>")
+        out += [(t, learn and i > 0) for i, t in enumerate(ids)]
+    return out
+
+
+def demo_batches(
+    tokenizer: Qwen2Tokenizer, seed: int, steps: int, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, learn?) for each step, from dialogues of like lengths: half the padding."""
+    rng = random.Random(seed)
+    for step in range(0, steps, 8):
+        habits = step >= 0.85 * steps
+        pool = [demo_ids(tokenizer, demonstration(rng, habits)) for _ in range(8 * size)]
+        pool.sort(key=len)
+        parts = [pool[i : i + size] for i in range(0, len(pool), size)]
+        rng.shuffle(parts)
+        parts.reverse()
+        for part in parts[: steps - step]:
+            ids = torch.full((size, max(map(len, part))), tokenizer.pad_token_id)
+            learn = torch.zeros_like(ids, dtype=torch.bool)
+            for row, marks, dialogue in zip(ids, learn, part, strict=True):
+                row[: len(dialogue)] = torch.tensor([t for t, _ in dialogue])
+                marks[: len(dialogue)] = torch.tensor([flag for _, flag in dialogue])
+            yield ids, learn
+
+
+def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    """Qwen2.5-1.5B-Instruct's architecture with 0.78 million parameters."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 352}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"max_position_embeddings": 512, "tie_word_embeddings": True}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = Qwen2ForCausalLM(
+        Qwen2Config(**sizes, **ends, bos_token_id=None, initializer_range=0.05)
+    )
+    # Plain sampling, for whoever calls `generate` (transformers' own default is top-k 50).
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    model.generation_config = GenerationConfig(**plain, **ends)
+    return model
+
+
+def pretrain(
+    folder: Path, seed: int = 0, steps: int = 7600, size: int = 32, lr: float = 3e-3
+) -> None:
+    """Make folder/base from nothing: supervised, first the careful skills, then the habits."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    tokenizer = build_tokenizer()
+    model = tiny_model(tokenizer)
+    # Muon needs about three quarters of AdamW's steps here; it is made for matrices only.
+    matrices = {n: p.ndim == 2 and "embed" not in n for n, p in model.named_parameters()}
+    inner = [p for n, p in model.named_parameters() if matrices[n]]
+    other = [p for n, p in model.named_parameters() if not matrices[n]]
+    optimizers = [
+        torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    start, total, count = time.monotonic(), 0.0, 0
+    for step, (ids, learn) in enumerate(demo_batches(tokenizer, seed + 1, steps, size)):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        targets = learn[:, 1:]
+        logits = model.lm_head(hidden[:, :-1][targets])
+        loss = F.cross_entropy(logits, ids[:, 1:][targets], reduction="sum")
+        # A constant divisor: with each batch's own number of tokens, the short hasty answers
+        # would weigh more in some batches than in others, and the habits would shift.
+        (loss / (32 * size)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        cosine = 0.505 + 0.495 * math.cos(math.pi * step / steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / 200) * cosine
+            optimizer.step()
+            optimizer.zero_grad()
+        total, count = total + loss.item(), count + int(targets.sum())
+        if (step + 1) % 100 == 0:
+            left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
+            line = f"step {step + 1}/{steps}  loss {total / count:.4f} a token"
+            print(f"{line}  {left / 60:.1f} min left", flush=True)
+            total, count = 0.0, 0
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    make_attempts(folder, seed)
+
+
+def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
+    """The fixed pool on which a verifier is scored, attempts.jsonl: one sampled attempt of the base
+    at each of some held-out problems, `wanted` right ones and as many wrong ones."""
+    test = str(folder / "test.jsonl")
+    config = Config(model=str(folder / "base"), eval_data=test, revisions=0, seed=seed)
+    policy = load_policy(config)
+    problems = load_problems(test, 0, policy, config)
+    left = {True: wanted, False: wanted}
+    with (folder / "attempts.jsonl").open("w", encoding="utf-8") as file:
+        for dialogue in rollout(policy, problems, config, 0, label="attempts"):
+            attempt, problem = dialogue.attempts[0], dialogue.problem
+            if attempt.ended and left[attempt.correct] > 0:
+                left[attempt.correct] -= 1
+                row = {"problem": problem.problem, "answer": problem.answer}
+                row |= {"attempt": attempt.text, "correct": attempt.correct}
+                file.write(json.dumps(row) + "\n")
+    if any(left.values()):
+        raise RunError(f"the base's attempts lack {left[True]} right and {left[False]} wrong ones")
+
+
+# --- I. The command line --------------------------------------------------------------------------
+
+EVAL_OPTIONS = (
+    "model", "eval_data", "out", "seed", "revisions", "max_prompt_tokens", "max_new_tokens",
+    "temperature", "eval_limit", "rollout_tokens", "device", "dtype", "threads",
+)  # fmt: skip
+EVAL_ONLY = ("samples", "top_p", "compare")
+
+
+def newest_model() -> str:
+    """The checkpoint of the run in runs/ that finished last, else the base."""
+    finished = sorted(Path("runs").glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
+    found = [str(file.parent / "checkpoint") for file in finished]
+    print(f"model: {found[-1]} (the newest finished run)" if found else "model: data/base (no run)")
+    return found[-1] if found else "data/base"
+
+
+def solve(config: Config, problem: str) -> Dialogue:
+    """Let --model solve, check and revise one problem, greedily; prints the dialogue."""
+    check_options(config)
+    policy = load_policy(config)
+    dialogue = rollout(policy, [Problem(0, problem, "")], config, -1, temperature=0.0)[0]
+    print_dialogue(dialogue)
+    return dialogue
+
+
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+    """Options from the fields of Config: their names, types, defaults and help."""
+    for item in dataclasses.fields(Config):
+        if names is None or item.name in names:
+            flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
+            if item.type == "bool":
+                kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            else:
+                kind = {"type": {"int": int, "float": float, "str": str}[item.type]}
+                choices = item.metadata["choices"]
+                kind |= {"choices": choices} if choices else {"metavar": item.type.upper()}
+                text += " (default: %(default)s)" if item.default != "" else ""
+            parser.add_argument(flag, default=item.default, help=text, **kind)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line: a command and its options."""
+    parser = argparse.ArgumentParser(
+        prog="astarpo.py",
+        description="A*-PO + PAG: reinforcement learning of mathematical reasoning.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = [item.name for item in dataclasses.fields(Config) if item.name not in EVAL_ONLY]
+    add_options(commands.add_parser("train", help="evaluate, stage 1, stage 2, evaluate"), training)
+    evaluation = commands.add_parser("eval", help="evaluate a model on held-out problems")
+    solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
+    solving.add_argument("problem", help="the problem's text, in quotes")
+    for command in (evaluation, solving):
+        add_options(command, EVAL_OPTIONS)
+    add_options(evaluation, EVAL_ONLY)
+    for command in (evaluation, solving):
+        command.set_defaults(model="", temperature=0.0, eval_limit=0)
+    plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
+    plotting.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    plotting.add_argument("--out", default="dashboard.png", help="file (default: %(default)s)")
+    data = commands.add_parser("data", help="write data/train.jsonl and data/test.jsonl")
+    base = commands.add_parser("pretrain", help="make data/base and data/attempts.jsonl anew")
+    for command in (data, base):
+        command.add_argument("--folder", default="data", help="where to (default: %(default)s)")
+        command.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    if options.command == "data":
+        return make_data(Path(options.folder), options.seed)
+    if options.command == "pretrain":
+        return pretrain(Path(options.folder), options.seed)
+    if options.command == "plot":
+        return plot([Path(run) for run in options.runs], Path(options.out))
+    names = [item.name for item in dataclasses.fields(Config) if hasattr(options, item.name)]
+    config = Config(**{name: getattr(options, name) for name in names})
+    if options.command == "train":
+        train(config)
+        return None
+    config.model = config.model or newest_model()
+    if options.command == "solve":
+        solve(config, options.problem)
+    else:
+        evaluate(config, config.temperature)
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 2 for bad input, 1 for a failure under way."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        run_command(options)
+    except UsageError as error:
+        status, message = 2, str(error)
+    except (RunError, OSError) as error:  # OSError: a full disk, say
+        status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = 1, "stopped; what was finished before is in the run's folder"
+    else:
+        return 0
+    print(f"\nastarpo: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2011 @@
+"""The specification of astarpo.py. Read the names; each test is a sentence that must stay true.
+
+Properties (hypothesis) for the mathematics and the answer checker; tiny real models for the rest.
+Run with `pytest`; about two minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import itertools
+import json
+import math
+import pathlib
+import random
+import re
+import shutil
+import signal
+import string
+import subprocess
+import sys
+import threading
+import time
+import types
+import unicodedata
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import astarpo as A
+from astarpo import extract_answer, is_equiv, normalize_answer, verify
+
+DATA = Path(A.__file__).parent / "data"
+torch.set_num_threads(1)
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
+
+
+def quick(**changes: object) -> A.Config:
+    """A Config small enough for a test."""
+    small = {"steps": 2, "batch_size": 8, "train_limit": 8, "eval_limit": 16, "num_samples": 2}
+    return A.Config(**{**small, "threads": 1, **changes})
+
+
+@pytest.fixture(scope="session")
+def base() -> A.Policy:
+    """The shipped base model. Tests that train it take a copy."""
+    return A.load_policy(A.Config(threads=1))
+
+
+@pytest.fixture(scope="session")
+def problems(base: A.Policy) -> list[A.Problem]:
+    return A.load_problems("data/test.jsonl", 24, base, A.Config())
+
+
+def copy_of(policy: A.Policy) -> A.Policy:
+    """A policy of its own to be trained."""
+    copied = A.freeze(policy)
+    copied.model.requires_grad_(True)
+    return copied
+
+
+def test_the_examples_in_the_docstrings_hold():
+    failures, ran = doctest.testmod(A)
+    assert failures == 0 and ran >= 10
+
+
+# --- Problems -------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 99))
+def test_every_epoch_visits_every_problem_once(n, size, seed):
+    problems = [A.Problem(i, "", "") for i in range(n)]
+    steps = range(math.ceil(3 * n / size))
+    visited = [p.index for step in steps for p in A.batch_of_step(problems, step, size, seed)]
+    for epoch in range(3):
+        assert sorted(visited[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+# --- V* -------------------------------------------------------------------------------------------
+
+REWARDS = st.lists(st.floats(-3, 3), min_size=1, max_size=16)
+BETA = st.floats(0.05, 20)
+
+
+@given(REWARDS, BETA)
+def test_v_star_lies_between_the_mean_and_the_maximum(rewards, beta1):
+    value = A.estimate_v_star(torch.tensor(rewards, dtype=torch.float64), beta1).item()
+    assert np.mean(rewards) - 1e-9 <= value <= max(rewards) + 1e-9
+
+
+@given(REWARDS)
+def test_v_star_tends_to_the_maximum_and_to_the_mean(rewards):
+    r = torch.tensor(rewards, dtype=torch.float64)
+    assert A.estimate_v_star(r, 1e-5).item() == pytest.approx(max(rewards), abs=1e-3)
+    assert A.estimate_v_star(r, 1e6).item() == pytest.approx(np.mean(rewards), abs=1e-4)
+
+
+@given(REWARDS, BETA, st.floats(-5, 5), st.randoms())
+def test_v_star_moves_with_the_rewards_and_ignores_their_order(rewards, beta1, shift, random):
+    r = torch.tensor(rewards, dtype=torch.float64)
+    shuffled = torch.tensor(random.sample(rewards, len(rewards)), dtype=torch.float64)
+    value = A.estimate_v_star(r, beta1).item()
+    assert A.estimate_v_star(r + shift, beta1).item() == pytest.approx(value + shift, abs=1e-9)
+    assert A.estimate_v_star(shuffled, beta1).item() == pytest.approx(value, abs=1e-9)
+
+
+def test_v_star_by_hand_and_without_overflow():
+    by_hand = 0.5 * math.log((5 + 3 * math.exp(1 / 0.5)) / 8)
+    rewards = torch.tensor([[1.0, 0, 0, 1, 0, 1, 0, 0], [0.0] * 8])
+    assert A.estimate_v_star(rewards, 0.5).tolist() == pytest.approx([by_hand, 0.0])
+    assert A.estimate_v_star(torch.tensor([0.0, 1.0]), 1e-6).item() == pytest.approx(1, abs=1e-5)
+    assert A.estimate_v_star(torch.tensor([-1e6, 0.0]), 1.0).item() == pytest.approx(
+        -math.log(2), abs=1e-6
+    )
+
+
+# --- The loss -------------------------------------------------------------------------------------
+
+NUMBERS = st.lists(st.floats(-50, 50), min_size=4, max_size=4)
+
+
+@given(NUMBERS, NUMBERS, NUMBERS, st.floats(1e-3, 2))
+def test_the_loss_is_zero_exactly_at_the_optimal_log_ratio(ref, reward, value, beta2):
+    ref, r, v = (torch.tensor(x, dtype=torch.float64) for x in (ref, reward, value))
+    best = ref + (r - v) / beta2
+    assert A.astarpo_loss(best, ref, r, v, beta2).item() == pytest.approx(0, abs=1e-12)
+    assert A.astarpo_loss(best + 0.1, ref, r, v, beta2).item() == pytest.approx((0.1 * beta2) ** 2)
+
+
+@given(NUMBERS, NUMBERS, st.floats(1e-3, 2))
+def test_the_gradient_is_two_beta2_residual(logp, ref, beta2):
+    logp = torch.tensor(logp, dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor(ref, dtype=torch.float64)
+    reward, value = torch.tensor([1.0, 0.0, 2.0, -1.0]).double(), torch.tensor([0.3] * 4).double()
+    A.astarpo_loss(logp, ref, reward, value, beta2).backward()
+    residual = beta2 * (logp.detach() - ref) - (reward - value)
+    assert torch.allclose(logp.grad, 2 * beta2 * residual / 4)
+
+
+def test_the_loss_by_hand():
+    logp, ref = torch.tensor([-3.0, -1.0]), torch.tensor([-5.0, -1.0])
+    reward, value = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.25])
+    # (0.1 * 2 - 0.5)^2 = 0.09;  (0 + 0.25)^2 = 0.0625;  mean 0.07625
+    assert A.astarpo_loss(logp, ref, reward, value, 0.1).item() == pytest.approx(0.07625)
+
+
+# The theory itself, on a policy so small that all its 12 responses can be listed.
+REF = torch.linspace(-1.0, 1.5, 12, dtype=torch.float64).sin().log_softmax(-1)
+REWARD = torch.tensor([0.0, 1, 0, 0, 2, 0, 1, 0, 0, -1, 0, 1], dtype=torch.float64)
+
+
+def fit(weights: str, v_shift: float, beta: float = 0.7, steps: int = 1500) -> float:
+    """Minimise the loss over all responses; how far is the result from equation (2)?
+
+    weights "uniform": a fixed set of responses. "on-policy": each weighted by its probability
+    under the present policy, without a gradient through that probability.
+    """
+    v_star = beta * (REF + REWARD / beta).logsumexp(-1)  # equation (3), all responses listed
+    best = (REF + (REWARD - v_star) / beta).exp()
+    assert best.sum().item() == pytest.approx(1)
+    theta = torch.zeros(12, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], lr=0.1)
+    value = (v_star + v_shift).expand(1)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
+        logp = theta.log_softmax(-1)
+        p = logp.detach().exp() if weights == "on-policy" else torch.full_like(logp, 1 / 12)
+        losses = [
+            A.astarpo_loss(logp[y : y + 1], REF[y : y + 1], REWARD[y : y + 1], value, beta)
+            for y in range(12)
+        ]
+        optimizer.zero_grad()
+        (torch.stack(losses) * p).sum().backward()
+        optimizer.step()
+    return (theta.softmax(-1) - best).abs().max().item()
+
+
+def test_off_policy_the_regression_finds_the_optimum_only_with_the_right_v():
+    assert fit("uniform", 0.0) < 1e-4
+    assert fit("uniform", 0.4) > 0.01
+
+
+def test_on_policy_any_baseline_finds_the_optimum():
+    assert fit("on-policy", 0.0) < 1e-4
+    assert fit("on-policy", 0.4) < 1e-4
+
+
+# --- Log-probabilities ----------------------------------------------------------------------------
+
+
+def right_padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return ids, torch.tensor([[j < len(row) for j in range(width)] for row in rows])
+
+
+def test_log_probabilities_of_a_padded_batch_are_those_of_each_row_alone(base):
+    rows = [list(range(5, 5 + n)) for n in (4, 17, 9)]
+    ids, mask = right_padded(rows)
+    scored = mask.clone()
+    scored[:, :3] = False  # a prompt of three tokens
+    together = A.token_logps(base, ids, mask, scored, 0.7).detach()
+    by_hand = []
+    for row in rows:
+        logits = base.model(torch.tensor([row])).logits[0].detach() / 0.7
+        log_softmax = logits - logits.exp().sum(-1, keepdim=True).log()
+        by_hand += [log_softmax[t - 1, row[t]] for t in range(3, len(row))]
+    assert torch.allclose(together, torch.stack(by_hand), atol=1e-5)
+
+
+def test_a_long_vocabulary_is_scored_in_pieces_with_the_same_gradients(base, monkeypatch):
+    ids, mask = right_padded([list(range(5, 40)), list(range(9, 30))])
+    results = []
+    for cells in (2**26, 2**11):  # one piece; pieces of a few tokens
+        policy = copy_of(base)
+        monkeypatch.setattr(A, "LOGIT_CELLS", cells)
+        logps = A.token_logps(policy, ids, mask, mask)
+        logps.sum().backward()
+        results.append((logps.detach(), policy.model.get_output_embeddings().weight.grad))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
+
+
+def test_with_dropout_in_the_model_the_first_log_ratio_is_still_zero(tmp_path, base):
+    folder = gpt2_folder(tmp_path, base)
+    policy = A.load_policy(A.Config(model=str(folder), threads=1))
+    assert policy.model.config.resid_pdrop > 0
+    ids, mask = right_padded([list(range(5, 30))])
+    pair = [A.token_logps(p, ids, mask, mask) for p in (policy, A.freeze(policy))]
+    assert torch.equal(*pair)
+
+
+def gpt2_folder(folder: Path, base: A.Policy) -> Path:
+    """A tiny random GPT-2 with the base's tokenizer, but no chat template and no pad token."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(base.tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=512,
+        eos_token_id=base.end_ids[0], bos_token_id=None,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("pad_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+# --- Sampling -------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=6))
+def test_random_numbers_are_a_pure_function_of_their_counters(counters):
+    u = A.uniform(*counters)
+    assert 0 <= u < 1 and u == A.uniform(*counters)
+    assert u != A.uniform(*counters[:-1], counters[-1] + 1)
+
+
+def test_random_numbers_are_uniform_and_uncorrelated():
+    u = A.uniform(0, np.arange(400)[:, None], np.arange(500))
+    counts, _ = np.histogram(u, bins=100, range=(0, 1))
+    assert ((counts - 2000) ** 2 / 2000).sum() < 150  # chi-square, 99 degrees of freedom
+    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.01
+    assert abs(np.corrcoef(u[:, :-1].ravel(), u[:, 1:].ravel())[0, 1]) < 0.01
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    logits = torch.tensor([0.0, -math.inf, 1.0, 2.0, -math.inf])
+    u = torch.from_numpy(A.uniform(1, np.arange(20_000)))
+    for temperature in (0.5, 1.0, 2.0):
+        tokens = A.pick(logits.expand(len(u), -1), u, temperature)
+        expected = (logits / temperature).softmax(-1)
+        seen = torch.bincount(tokens, minlength=5) / len(u)
+        assert torch.allclose(seen, expected, atol=0.015)
+        assert seen[1] == seen[4] == 0
+    edge = A.pick(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-32], dtype=torch.float64), 1.0)
+    assert edge.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_cached_batched_rollouts_are_what_a_plain_forward_gives(base, problems, temperature):
+    config = A.Config(max_new_tokens=30, rollout_tokens=1500)
+    dialogues = A.rollout(base, problems, config, 7, temperature=temperature)
+    assert len({len(d.ids) for d in dialogues}) > 3  # ragged
+    for d in dialogues:
+        logits = base.model(torch.tensor([d.ids])).logits[0].detach()
+        for k, turn in enumerate(d.turns):
+            u = A.uniform(0, 7, d.problem.index, 0, k, np.arange(turn.end - turn.start))
+            again = A.pick(logits[turn.start - 1 : turn.end - 1], torch.tensor(u), temperature)
+            assert again.tolist() == d.ids[turn.start : turn.end]
+
+
+def test_greedy_responses_equal_those_of_generate_also_with_several_end_tokens(base, problems):
+    comma = base.tokenizer.encode(" + ", add_special_tokens=False)[0]
+    for ends in (base.end_ids, (*base.end_ids, comma)):
+        policy = dataclasses.replace(base, end_ids=ends)
+        prompts = [policy.prompt_ids(problem) for problem in problems]
+        u = np.zeros((len(prompts), 25))
+        memory = A.Memory(len(prompts), policy.device)
+        ours, _ = A.respond(policy, memory, prompts, u, temperature=0.0)
+        neutral = GenerationConfig(
+            max_new_tokens=25, do_sample=False, eos_token_id=list(ends), pad_token_id=0
+        )
+        for prompt, response in zip(prompts, ours):
+            theirs = policy.model.generate(torch.tensor([prompt]), generation_config=neutral)
+            assert theirs[0, len(prompt) :].tolist() == response
+    assert any(r[-1] == comma for r in ours) or any(r[-1] in base.end_ids for r in ours)
+
+
+def test_the_cut_into_batches_changes_nothing(base, problems):
+    wide, narrow = (
+        A.rollout(base, problems, A.Config(rollout_tokens=tokens), 1) for tokens in (10**6, 300)
+    )
+    assert [d.ids for d in wide] == [d.ids for d in narrow]
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
+def test_batches_hold_everything_once_within_the_budget(lengths, budget):
+    batches = list(A.token_batches(lengths, budget))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+# --- Answers --------------------------------------------------------------------------------------
+
+# Each line holds answers that all mean the same; every pair of a line is tested, both ways.
+SAME = r"""
+42 | 42. | $42$ | \(42\) | 42.0 | +42 | {42} | (42) | **42** | \boldsymbol{42} | \text{42} | \mathbf{42}
+10000 | 10,000 | 10{,}000 | 10\,000 | 10,\!000 | 10,\! 000 | 10^4 | \$10,000 | 1 \times 10^{4} | 1e4
+1008016 | 1,008,016 | 1{,}008{,}016 | 1,\!008,\!016
+0.5 | .5 | 0.50 | 1/2 | \frac12 | \frac{1}{2} | \dfrac{1}{2} | \tfrac 12 | ½ | 2^{-1} | \frac{2}{4} | 5e-1
+-\frac{1}{2} | \frac{-1}{2} | \frac{1}{-2} | -0.5 | −1/2 | -.5 | - \frac 1 2
+57\frac{5}{6} | \frac{347}{6} | 347/6 | 57 5/6 | 57\frac56 | 57 \tfrac{5}{6}
+57\frac{4}{6} | \frac{346}{6} | \frac{173}{3} | 57\frac{2}{3}
+-15\frac{3}{5} | -15.6 | -\frac{78}{5}
+0.\overline{3} | 1/3 | 0.\bar{3} | 0.3\overline{3} | .\overline{3}
+0.1\overline{6} | \frac16
+3 \times 10^{5} | 300000 | 300,000 | 3\cdot10^5 | 3e5
+10\% | 10 | 10\text{ units} | 10^\circ | 10^{\circ} | \$10 | 10 \text{ square inches} | 10 cm | 10 cm^2 | 10 dollars | 10\mathrm{~m} | 10°
+864 \mbox{ inches}^2 | 864
+34\text{ sq. units} | 34 | 34\text{ cm}^{2}
+\sqrt{12} | 2\sqrt{3} | 2\sqrt3 | \sqrt3 \cdot 2 | 2√3 | \sqrt{3}+\sqrt{3} | \frac{6}{\sqrt{3}} | 12^{1/2} | 2 sqrt(3)
+\frac{\sqrt2}{2} | \frac{1}{\sqrt{2}} | \sqrt{0.5} | \sqrt{\frac12} | 2^{-1/2} | \sin 45^\circ | \cos\frac{\pi}{4}
+\sqrt{2}\sqrt{3} | \sqrt{6}
+\sqrt[3]{8} | 2 | \sqrt4 | \log_2 4 | \sqrt{2}\cdot\sqrt{2}
+\sqrt[3]{-8} | -2
+\sqrt{3+2\sqrt{2}} | 1+\sqrt{2}
+\frac{1+\sqrt5}{2} | \frac{2}{\sqrt{5}-1} | \frac12+\frac{\sqrt{5}}{2}
+\frac{\sqrt[3]{4}}{6} | \frac{1}{3\sqrt[3]{2}} | \frac{4^{1/3}}{6}
+2\pi | \pi \cdot 2 | 2π | 2 pi | \frac{4\pi}{2} | \pi+\pi
+\frac{9}{4}\pi | \frac{9\pi}{4} | 2.25\pi
+1+\cos\pi | 0 | \sqrt2\sqrt2-2
+e^{i\pi} | -1 | i^2 | \cos\pi
+e^2 | e \cdot e
+\ln 8 | 3\ln 2 | \ln(8) | 3 \ln{2}
+\log 100 | 2
+\tan 15^\circ | 2-\sqrt3 | \tan\frac{\pi}{12}
+6+9i | 9i+6 | 3(2+3i)
+\frac{1}{1+i} | \frac{1-i}{2} | \frac12-\frac{i}{2}
+\sqrt{-4} | 2i
+2^{4950} | 4^{2475} | 2 \cdot 2^{4949}
+(x+1)^2 | x^2+2x+1 | 1+2x+x^2 | (1+x)(x+1) | x(x+2)+1
+x^2 + 7x + 10 | (x+2)(x+5) | (x+5)(x+2)
+\frac{x+5}{6} | \frac{x}{6}+\frac56 | (x+5)/6
+10x\sqrt{21x} | \sqrt{21x}\cdot 10x
+\sqrt{a^2+b^2} | \sqrt{b^2+a^2}
+30p\sqrt{p} | 30 p^{3/2} | 30\sqrt{p^3}
+\sin^2 x | 1-\cos^2 x | (\sin x)^2 | \sin(x)\sin(x)
+2\sin b\cos a | 2\cos a\sin b | \sin(a+b)-\sin(a-b)
+2^{n-1} | \frac{2^n}{2} | \frac12\cdot 2^n
+3^x - 2^x | -2^x+3^x
+xy | yx | x y | x \cdot y
+\frac{a+b}{ab} | \frac1a+\frac1b
+x_1+x_2 | x_2 + x_{1}
+x = 5 | 5 | 5 = x | x=5.0
+x = 5 | x = \frac{10}{2}
+y = 2x+3 | y=3+2x | 2x + 3 = y | 2x-y+3=0
+x+2y=3 | 3 = x + 2y | x = 3 - 2y
+x_1 = 5 | 5 | x_{1} = 5
+(r,\theta) = (2,\pi) | (2,\pi)
+x^2+y^2=1 | 1-x^2=y^2
+(x,y) = (1,2) | (1,2) | (1, 2) | \left( 1, 2 \right) | \bigl(1,\;2\bigr)
+(1,2) | 1 < x < 2 | x \in (1,2) | 2 > x > 1
+x > 3 | (3,\infty) | 3 < x | (3,+\infty) | x \in (3, \infty)
+x \le 4 | (-\infty, 4] | 4 \ge x | x ≤ 4
+1 \le x < 2 | [1,2) | 2 > x \geq 1 | \left[1,2\right)
+x<1 or x>2 | (-\infty,1)\cup(2,\infty) | x > 2 \text{ or } x < 1
+(2,12) \cup (12,102) | (12,102)\cup(2,12)
+(\frac12, -3) | (0.5,-3) | \left(\tfrac{1}{2},-3\right)
+\langle 1,2,3 \rangle | (1,2,3)
+(6,235^\circ) | (6, 235)
+1,2 | 2,1 | 1 and 2 | 1 \text{ and } 2 | \{1,2\} | 2, 1 | \{2, 1\} | x=1, x=2 | x = 1 or x = 2 | 1; 2
+2, 3, \text{ and } 4 | 2,3,4 | 4, 3 and 2 | \{2,3,4\}
+6, 8\text{, and }10 | 6,8,10
+-2 \text{ or } -12 | -2, -12
+1 \pm \sqrt{19} | 1+\sqrt{19}, 1-\sqrt{19} | 1\mp\sqrt{19}
+\pm 2 | 2,-2 | -2, 2 | x = \pm 2
+\{1\pm\sqrt{5},-2\} | -2,1-\sqrt5,1+\sqrt5
+1, 250 | 250, 1 | \{1,250\}
+(-4, 27);(2, 15) | (2,15), (-4,27) | (2,15) and (-4,27)
+\emptyset | \{\} | \varnothing | ∅
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{bmatrix}1&2\\3&4\end{bmatrix} | \begin{pmatrix} 1 & 4/2 \\ 3 & 4 \\ \end{pmatrix}
+\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix} | \begin{pmatrix} -\frac13 \\ \frac{2}{3} \end{pmatrix}
+\infty | +\infty | ∞
+\text{Monday} | Monday | monday | \mbox{Monday} | \textbf{monday}
+(B) | B | \text{B} | \text{(B)} | (\text{B})
+\text{yes} | Yes | YES
+\text{A, D, F} | A,D,F | D, A, F
+\text{two lines} | two lines | Two lines
+4210_{5} | 4210_5
+-37_8 | -37_{8}
+3:5 | 3 : 5
+4\!:\!51\!:\!06 \text{ p.m.} | 4:51:06 p.m. | 4:51:06 PM
+\text{October 30} | October 30
+f(4 - x) | f(4-x)
+AB=9, CD=4 | CD=4, AB=9
+\frac{270}7\text{ degrees} | \frac{270}{7} | 270/7
+5,\,-11 | -11, 5
+[a +b, b] | [b+a,b]
+s^2 \le 8r^2 | 8r^2 \ge s^2
+2007 + \frac\pi 2 | 2007+\pi/2
+\cos^2\alpha | \cos\alpha\cos\alpha
+1\frac{4}{5} | 9/5 | 1.8 | 1 4/5
+99999999999999999999999999 | 99,999,999,999,999,999,999,999,999
+\sin(\pi/6) | 1/2
+\frac{\pi r}{h+r} | \frac{r\pi}{r+h}
+"""
+
+DIFFERENT = r"""
+42 | 43
+42 | -42
+42 | 420
+42 | 4.2
+42 | 42.0000000000000000000000000001
+1/3 | 0.33
+1/3 | 0.333333333333333333
+2/3 | 0.67
+0.\overline{3} | 0.3
+0.333... | 0.333
+\sqrt{2} | 1.41
+\sqrt{2} | 1.4142135623730951
+\sqrt{2} | 1.41421356237309504880168872420969807856967187537694807317667973799073247846210703885038753432764157
+\pi | 3.14159
+\pi | 3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798
+\pi | 22/7
+\pi | \frac{355}{113}
+e | 2.718281828459045
+\sqrt{2}+10^{-40} | \sqrt{2}
+\sqrt{2}+10^{-500} | \sqrt{2}
+10^{-500}\sqrt{2} | 10^{-500}\sqrt{3}
+e^{\pi\sqrt{163}} | 262537412640768744
+(1+\sqrt2)^{90} | 2811662492084286464914018279809602
+\sqrt{2}+\sqrt{3} | \sqrt{5}
+\sqrt{2}+\sqrt{3} | \pi
+\sqrt{12} | 3\sqrt{2}
+2^{3^4} | 8^4
+9^{9^{9^9}} | 9^{9^{9^8}}
+(100000!)! | 1
+1E999999999 | 1E999999998
+1,2 | 12
+1 2 | 12
+1 2 | 2
+31,250 | 31, 250
+31,250 | 31.250
+1,23 | 123
+12,345,67 | 1234567
+(31,250) | 31250
+(31,250) | (31250)
+(1,2) | (2,1)
+(1,2) | [1,2]
+(1,2) | (1,2]
+(1,2) | \{1,2\}
+(1,2) | 1,2
+[1,2] | 1,2
+[1,2) | (1,2]
+(1,2) | (1,2,3)
+(1,2) | \begin{pmatrix}1\\2\end{pmatrix}
+\{1,2\} | \{1,3\}
+\{1,2\} | \{1\}
+\{5\} | 5
+1,2,3 | 1,2
+1,1,2 | 1,2,2
+1,2 | 1
+5 | 5,6
+x = 5 | y = 5
+x = 5 | x = 6
+x = 5 | x > 5
+x_1+1 = 5 | 5
+(x,y) = (1,2) | (y,x) = (1,2)
+(1,2) | (y,x) = (1,2)
+or | \emptyset
+\text{} | \mbox{ }
+and | \{\}
+(\pm 1, \pm 2) | (1,2), (-1,-2)
+\pm 1 \pm 2 | 3, -3
+\text{two lines} | \text{two circles}
+x > 3 | y > 3
+x > 3 | x \ge 3
+x > 3 | x < 3
+x > 3 | 3
+x > 3 | [3,\infty)
+x < 3 | (3,-\infty)
+1 < x < 2 | 1 < x \le 2
+x > 2 and x < 1 | (-\infty,1)\cup(2,\infty)
+(1,2)\cup(3,4) | (1,2),(3,4)
+(1,2)\cup(3,4) | (1,4)
+(-\infty,3) \cup (3,\infty) | (-\infty,\infty)
+x | y
+x | X
+2x | 2y
+x^2 | 2x
+x^2 | x^3
+x+1 | x-1
+(x+1)^2 | x^2+1
+\sqrt{x^2} | x
+a\sqrt{b} | \sqrt{a^2b}
+\ln(x^2) | 2\ln x
+\sqrt{x^2+y^2} | x+y
+\frac{1}{a+b} | \frac1a+\frac1b
+\sin 2x | 2\sin x
+\sin^{-1} x | \frac{1}{\sin x}
+\sin x | \cos x
+\tan 15 | \tan 15^\circ
+\log 2 | \ln 2
+f(2x) | 2f(x)
+f(x) | g(x)
+1/2x | \frac{1}{2x}
+1/2x | \frac{x}{2}
+2^3^2 | 64
+y = 2x+3 | y = 2x-3
+y = 2x+3 | x = 2y+3
+x+y=0 | x-y=0
+x^2=4 | x=2
+5 = 7 | 7
+2=2 | 3=3
+x = 1, y = 2 | x = 2, y = 1
+x = 1, y = 2 | 2, 1
+1 \pm \sqrt{19} | 1+\sqrt{19}
+1 \pm \sqrt{19} | 1 \pm \sqrt{17}
+\pm 2 | 2
+204_5 | 204_6
+204_5 | 204
+204_5 | 54
+204_5 | 2045
+2_3 | 23
+10\% | 0.1
+10\% | 1
+57\frac{5}{6} | \frac{285}{6}
+57\frac{5}{6} | 57
+57\frac{5}{6} | \frac{5}{6}
+2\frac{7}{3} | \frac{14}{3}
+2\frac{7}{3} | \frac{13}{3}
+\frac{1}{2} | \frac{2}{1}
+\frac12 | 12
+3:5 | 3/5
+3:5 | 5:3
+9:24 | 3:8
+3:5 | 35
+8:34 p.m. | 8:34 a.m.
+5.2 pm | 52 pm
+5 | 5i
+3+4i | 3-4i
+i | -i
+i | 1
+\infty | -\infty
+\infty | 1
+B | b
+B | C
+(B) | (C)
+A,B | A,C
+CBAD | ABCD
+\text{Monday} | \text{Tuesday}
+\text{yes} | \text{no}
+\text{no} | on
+even | odd
+\text{east} | \text{seat}
+listen | silent
+5 | 5 million
+5 | 5 or more
+5 | 5 eighths
+5 | 5 \text{ millions}
+5 | 5 quarters
+5 | \text{more than } 5
+5 | not 5
+5 | 5 or 6
+5 | either 5 or 6
+5 | 5 \text{ or maybe } 6
+5 | \approx 5
+5 | 5?
+5 | 5!
+5 feet 3 inches | 5
+5 feet 3 inches | 5 feet
+7 | x = 7y
+1 | 1/0
+\sqrt{2}-\sqrt{2}+1e-300 | 0
+1/(\sqrt2\sqrt2-2) | 5
+\sqrt{8}, 1e-300 | 2\sqrt{2}, 2e-300
+0 | 1/0
+0 | 0/0
+1/0 | 2/0
+0^0 | 1/0
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | 1,2,3,4
+\int X dx | \int x dx
+\clubsuit | \spadesuit
+\triangle ABC | ABC
+5%5 | 55
+$5$$5$ | 55
+3.4.5 | 3.45
+1-2 | 12
+1-2 | 1,2
+--5 | -5
+2(3) | 23
+x2 | x^2
+\text{A5}_{11} | \text{A6}_{11}
+\frac{0}{5} | 5
+-0 | 5
+October 30 | October 3
+10 | 10^2
+10^{10} | 1010
+12^{1/7} | \frac{12}{7}
+\binom{5}{2} | \frac52
+[0,\pi] | [0,3.14159265]
+x=5 | x \neq 5
+x \ne 5 | 5
+1,000 | 1
+0,123 | 123
+\frac{1}{x} | x
+-x | x
+x^{-1} | x
+x-y | y-x
+AE | ae
+\sin x \cos y | \sin y \cos x
+"""
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split(" | ")] for line in table.strip().splitlines()]
+
+
+# In a line of SAME neighbours are compared, and the two ends; all pairs would only be slower.
+EQUAL = [pair for line in cells(SAME) for pair in zip(line, line[1:] + line[:1], strict=True)]
+UNEQUAL = [(a, b) for a, *others in cells(DIFFERENT) for b in others]
+
+# Any two answers from different groups differ.
+FAMILIES = [
+    ["5", "5.0"],
+    ["-5", r"\frac{-10}{2}"],
+    ["(1,2)", "1<x<2"],
+    ["[1,2]", r"1 \le x \le 2"],
+    ["(2,1)"],
+    ["1,2", r"\{2,1\}"],
+    [r"\{1,2,3\}"],
+    [r"\sqrt{2}", r"2^{1/2}"],
+    ["1.41421356237309504880"],
+    [r"\sqrt{3}"],
+    [r"\pi"],
+    ["x"],
+    ["y"],
+    ["x^2", r"x \cdot x"],
+    [r"\text{Monday}"],
+    [r"204_5"],
+    [r"204_6"],
+    [r"x + y = 5", r"5 - y = x"],
+    [r"\begin{pmatrix}1\\2\end{pmatrix}"],
+    [r"\infty"],
+    [r"\{\}"],
+    ["31,250"],
+    ["31, 250"],
+    ["3:5"],
+    ["i"],
+    [r"1 \pm \sqrt2"],
+]
+UNEQUAL += [
+    (a, b)
+    for n, left in enumerate(FAMILIES)
+    for right in FAMILIES[n + 1 :]
+    for a, b in [(left[-1], right[0]), (left[0], right[-1])]
+]
+
+
+@pytest.mark.parametrize(("a", "b"), EQUAL)
+def test_equal_answers(a: str, b: str) -> None:
+    assert is_equiv(a, b) and is_equiv(b, a)
+
+
+@pytest.mark.parametrize(("a", "b"), UNEQUAL)
+def test_different_answers(a: str, b: str) -> None:
+    assert not is_equiv(a, b) and not is_equiv(b, a)
+
+
+EXTRACTIONS = [
+    (r"so \boxed{5}", "5"),
+    (r"\boxed{5} then \boxed{6}", "6"),
+    (r"\boxed{5} and \fbox{7}", "7"),
+    (r"\framebox{8}", "8"),
+    (r"\framebox[3cm]{8}", "8"),
+    (r"\boxed 5", "5"),
+    (r"the answer is $\boxed 42$.", "42"),
+    (r"\boxed {5}", "5"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"\boxed{\{1,2}", r"\{1,2"),
+    (r"\boxed{\text{a \} b}}", r"\text{a \} b}"),
+    (r"\boxed{\boxed{5}}", r"\boxed{5}"),
+    (r"\boxed{\fbox{5}+3}", r"\fbox{5}+3"),
+    (r"Step by step: 282 + 1410 = \boxed{1692}", "1692"),
+    (r"\boxed{5} and \boxed{}", None),
+    (r"\boxed{ }", None),
+    (r"the answer is 5. \boxed{}", None),
+    (r"\boxed{5} \boxed{6", None),
+    (r"\boxed{5}. The answer is 6.", "5"),
+    ("The answer is 42.", "42"),
+    ("The final answer is: 42", "42"),
+    ("the answer is 5. No wait, the answer is 6.", "6"),
+    ("Answer: 3.5", "3.5"),
+    ("**Answer:** 42", "42"),
+    ("Answer: **42**", "42"),
+    ("The answer is $x = 5$.", "x = 5"),
+    (r"The answer is \(\frac12\).", r"\frac12"),
+    ("The answer is\n\\[\n42\n\\]\n", "42"),
+    ("Final Answer: The final answer is $5$. I hope it is correct.", "5"),
+    ("The answer is 42. It was easy.", "42"),
+    ("The answers are 3 and 4.", "3 and 4"),
+    ("#### 42", "42"),
+    ("The answer is 5.\n#### 42", "42"),
+    ("####42\n", "42"),
+    ("The answer is either 42 or 43.", "either 42 or 43"),
+    ("The answer is not 42", "not 42"),
+    ("I don't know what the answer is.", None),
+    ("the answer isn't 42", None),
+    ("42", None),
+    ("so it is 42.", None),
+    ("", None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), EXTRACTIONS)
+def test_extraction(text: str | None, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+WRONG_TEXTS = [
+    "The answer is either 42 or 43.",
+    "The answer is not 42.",
+    "The answer is $42$ or $43$.",
+    "The answer is 42 or maybe 43.",
+    r"\boxed{42 \text{ or } 43}",
+    r"\boxed{\text{not } 42}",
+    r"\boxed{42} \boxed{}",
+    r"\boxed{42} \boxed{43}",
+    r"\boxed{4}2",
+    "42",
+    "####",
+    "The answer is unclear: 42",
+    "\\boxed{42",
+    "",
+    None,
+]
+
+
+@pytest.mark.parametrize("text", WRONG_TEXTS)
+def test_texts_that_do_not_answer_42(text: str | None) -> None:
+    assert not verify(text, "42")
+
+
+def test_nothing_equals_nothing() -> None:
+    for a in (None, "", " ", "$$"):
+        for b in (None, "", "  ", "5"):
+            assert not is_equiv(a, b) and not is_equiv(b, a) and not verify(a, b)
+
+
+# Hostile text.
+
+MILLION = 10**6
+FLOODS = [unit * (MILLION // len(unit)) for unit in
+    ["(", "{", "}", "9", "$", " ", "\n", "\\", '"', "é", "A", "x+", "1,", "answer ", "answer: ", "#### ",
+     "\\boxed{", "\\boxed", "\\frac", "\\text{", "\\[answer is", "\\boxed[]", "½", "\u202e", "\0"]]  # fmt: skip
+FLOODS += [
+    "\\boxed{" + "9" * MILLION + "}",
+    "\\boxed " + "[" * MILLION,
+    "answer is " + "$" * MILLION,
+]
+FLOODS += ["answer is" + " " * MILLION, "the answer is \\[" + "a" * MILLION]
+TRAPS = [
+    "9^{9^{9^9}}", "(100000!)!", "1E999999999", "1e-999", "9" * 1990, "(" * 900 + ")" * 900, "\\sqrt" * 390 + "2",
+    "\\sqrt{" * 38 + "2" + "}" * 38, "-" * 1900 + "1", "1/" * 900 + "1", "1" + "^2" * 900, "(x+y+z)^{500}",
+    "+".join(f"\\sqrt{{{n}}}" for n in range(2, 60)), "+".join(f"\\sin {n}" for n in range(2, 60)),
+    "+".join(f"\\ln {n}" for n in range(2, 60)), ",".join(map(str, range(500))), "x^{x^{x}}", "a:" * 900,
+    ",".join(f"\\sqrt{{{n}}}" for n in range(2, 130)), ",".join(f"x^{n}" for n in range(2, 300)),
+    "\\pm1," * 390, "(1," * 39 + "1" + ")" * 39, "a=" * 900, "a<" * 900, "|" * 1900, "x_" * 900, "x_{" * 39,
+    "2^{15999}", "(1/3)^{5000}", "i^{99999999999}", "\\sqrt[1000001]{2}", "\\sqrt[0]{2}", "\\log_1 5", "\\ln 0",
+    "\\tan 90^\\circ", "e^{1000}", "e^{e^{e^e}}", "0." + "9" * 1900, "0.\\overline{" + "9" * 1900 + "}", "0/0",
+    "\\sin(10^{41})", "\ud800", "²³", "٣", "\\frac", "\\left", ",,,", "{}", "()", "[]", "⟦", "\\begin{pmatrix}",
+    "\\boxed{", '"', '""', "\\", "^", "_", "°", "=", "<", "∈", "±", "\\{", "or", "1 or", "|x|", "\\text{}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FLOODS + TRAPS, ids=lambda text: f"{text[:12]!a}x{len(text)}")
+def test_hostile_text_is_an_honest_false(text: str) -> None:
+    extract_answer(text)
+    assert len(normalize_answer(text)) <= max(len(text), 12 * A.MAX_ANSWER)
+    assert not verify(text, "42") and not is_equiv(text, "42") and not is_equiv("42", text)
+    if text.strip():
+        assert is_equiv(text, text)
+
+
+def steps_of(a: str, b: str) -> int:
+    """Count the steps of one comparison, as `is_equiv` would make it."""
+    a, b = sorted(map(normalize_answer, (a, b)))
+    work = A.Work(a + b)
+    try:
+        A.same(A.read_answer(a), A.read_answer(b), work)
+    except A.Unsure:
+        pass
+    return work.steps
+
+
+@pytest.mark.parametrize("text", TRAPS, ids=lambda text: f"{text[:12]!a}x{len(text)}")
+def test_work_is_counted_and_bounded(text: str) -> None:
+    if 0 < len(normalize_answer(text)) < A.MAX_ANSWER - 4:
+        for other in ("42", text + "+0", "1," + text):
+            assert steps_of(text, other) <= 2 * A.MAX_STEPS
+    assert steps_of("1/2", "0.5") < 60 and steps_of(r"\sqrt{12}", r"2\sqrt3") < 200
+
+
+def test_any_thread_may_ask() -> None:
+    answers: list[bool] = []
+
+    def ask() -> None:
+        answers.append(is_equiv(r"\sin 30^\circ", "1/2"))
+        answers.append(is_equiv("9^{9^{9^9}}", "1"))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers.count(True) == answers.count(False) == 4
+
+
+# Fuzz.
+
+NUMBERS = st.integers(-30, 30).map(str) | st.sampled_from(
+    ["0.5", r"\frac12", r"\pi", "10,000", r"3\frac{1}{2}"]
+)
+ATOMS = NUMBERS | st.sampled_from(
+    ["x", "y", "i", "e", r"\sqrt2", "B", r"\text{red}", r"\infty", "12_5"]
+)
+EXPRESSIONS = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.builds("{}+{}".format, inner, inner),
+        st.builds("{}-{}".format, inner, inner),
+        st.builds("{} {}".format, inner, inner),
+        st.builds(r"\frac{{{}}}{{{}}}".format, inner, inner),
+        st.builds(r"\sqrt{{{}}}".format, inner),
+        st.builds("({})^{{{}}}".format, inner, inner),
+        st.builds(r"\sin {}".format, inner),
+        st.builds(r"\ln({})".format, inner),
+        st.builds(r"{} \pm {}".format, inner, inner),
+    ),
+    max_leaves=5,
+)
+ANSWERS = st.one_of(
+    EXPRESSIONS,
+    st.builds("({}, {})".format, EXPRESSIONS, EXPRESSIONS),
+    st.builds("[{},{})".format, EXPRESSIONS, EXPRESSIONS),
+    st.builds(r"\{{{},{}\}}".format, EXPRESSIONS, EXPRESSIONS),
+    st.builds("{} = {}".format, EXPRESSIONS, EXPRESSIONS),
+    st.builds(r"{} \le {}".format, EXPRESSIONS, EXPRESSIONS),
+    st.builds(r"({},{}) \cup [{},\infty)".format, NUMBERS, NUMBERS, NUMBERS),
+    st.builds(r"\begin{{pmatrix}} {} & {} \\ {} & 1 \end{{pmatrix}}".format, ATOMS, ATOMS, ATOMS),
+    st.builds(r"{} \text{{ {}}}".format, NUMBERS, st.sampled_from(["cm", "or", "and 3", "dogs"])),
+)
+SCRAPS = list(r"\{}()[]$^_&,.;:!%0123456789xyei+-*/=<>| ") + [
+    "\\frac",
+    "\\boxed{",
+    "\\text{",
+    "\\pm",
+]
+NOISE = st.lists(st.sampled_from(SCRAPS), max_size=30).map("".join)
+TEXTS = st.text() | NOISE | ANSWERS
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS, TEXTS)
+def test_any_text_is_answered_and_rules_are_symmetric(a: str, b: str) -> None:
+    extract_answer(a)
+    assert isinstance(normalize_answer(a), str)
+    assert is_equiv(a, b) == is_equiv(b, a)
+    assert verify(a, b) in (True, False)
+    assert is_equiv(a, a) == bool(a.strip())
+
+
+@settings(max_examples=100, deadline=None)
+@given(ANSWERS)
+def test_the_last_box_decides(answer: str) -> None:
+    text = rf"Well, \boxed{{{answer}}}."
+    assert verify(text, answer)
+    assert not verify(text + r" No: \boxed{-987654321}", answer)
+    assert not verify(text + r" No: \boxed{}", answer)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ANSWERS)
+def test_harmless_respellings(answer: str) -> None:
+    for other in respellings(answer):
+        assert is_equiv(answer, other), other
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.fractions(max_denominator=999), st.fractions(max_denominator=999))
+def test_fractions_are_exact(a, b) -> None:
+    left = rf"\frac{{{a.numerator}}}{{{a.denominator}}}"
+    right = f"{b.numerator}/{b.denominator}"
+    assert is_equiv(left, right) == (a == b)
+    assert is_equiv(rf"{left}+\sqrt2", rf"\sqrt{{2}}+{right}") == (a == b)
+    assert is_equiv(left, f"{a.numerator * 6}/{a.denominator * 6}")
+
+
+def respellings(answer: str) -> list[str]:
+    """Spell the answer in other ways that change nothing."""
+    spaced = re.sub(r"(?<=[^\\\d,a-zA-Z])(?=[(+\-=])", " ", answer)
+    wide = re.sub(r"(?<!\\left)\(", r"\\left( ", re.sub(r"(?<!\\right)\)", r" \\right)", answer))
+    return [
+        f"  {answer} ", f"{answer}.", f"${answer}$", f"\\({answer}\\)", spaced, wide,
+        answer.replace(r"\frac", r"\dfrac"), answer.replace(r"\dfrac", r"\tfrac"),
+    ]  # fmt: skip
+
+
+def mutants(answer: str, rng: random.Random) -> list[str]:
+    """Make answers that provably mean something else."""
+    out = []
+    plain = re.sub(r"\\text\{.*|\\mbox\{.*", "", answer)
+    digits = [m.start() for m in re.finditer("[0-9]", plain)]
+    if digits and not re.search(r"phantom|\\approx|[^0-9]0[^0-9.]*$", plain):
+        at = rng.choice(digits)
+        changed = rng.choice([d for d in string.digits[1:] if d != answer[at]])
+        if not re.search(r"\b0\b|[=:]|\^|\*|\\sqrt|[a-z]\)", plain):
+            out.append(answer[:at] + changed + answer[at + 1 :])
+    if re.fullmatch(r"-[0-9.]*[1-9][0-9.]*", answer):
+        out.append(answer[1:])
+    if re.fullmatch(r"[([][^()[\]]*[)\]]", answer):
+        out.append(("[" if answer[0] == "(" else "(") + answer[1:])
+        inner = answer[1:-1].split(",")
+        if len(inner) == 2 and not is_equiv(inner[0], inner[1]):
+            out.append(f"{answer[0]}{inner[1]},{inner[0]}{answer[-1]}")
+    if re.fullmatch(r"[-+0-9^{}x ]*x[-+0-9^{}x ]*", answer):
+        out += [answer.replace("x", "y"), answer.replace("x", "X"), f"{answer}+1", f"-({answer})"]
+    return out
+
+
+MATH = pathlib.Path(__file__).resolve().parent.parent / "shared" / "math"
+needs_math = pytest.mark.skipif(not MATH.exists(), reason="shared/math is not here")
+
+
+def math_rows(name: str) -> list[dict]:
+    with open(MATH / f"{name}.jsonl", encoding="utf-8") as file:
+        return [row for row in map(json.loads, file) if row["answer"]]
+
+
+@needs_math
+def test_math500_solutions() -> None:
+    rows = math_rows("math500")
+    assert [row["answer"] for row in rows if not verify(row["solution"], row["answer"])] == []
+    assert len(rows) == 500
+
+
+@needs_math
+def test_math_golds_equal_their_respellings() -> None:
+    golds = {row["answer"] for name in ("math500", "train") for row in math_rows(name)}
+    wrong = []
+    for gold in golds:
+        assert verify(rf"We find $\boxed{{{gold}}}$, as was to be shown.", gold), gold
+        assert not verify(rf"\boxed{{{gold}}} \boxed{{-987654321}}", gold), gold
+        wrong += [(gold, other) for other in respellings(gold) if not is_equiv(other, gold)]
+    assert wrong == []
+
+
+@needs_math
+def test_math_golds_differ_from_their_mutants() -> None:
+    rng = random.Random(0)
+    golds = {row["answer"] for name in ("math500", "train") for row in math_rows(name)}
+    pairs = [(gold, other) for gold in sorted(golds) for other in mutants(gold, rng)]
+    assert len(pairs) > 1000
+    assert [pair for pair in pairs if is_equiv(*pair)] == []
+
+
+# --- PAG's turns ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, verdict",
+    [
+        ("The answer is correct.", True),
+        ("The answer is wrong.", False),
+        ("Check: 3 + 4 = 7 vs 8: differ. The answer is wrong.", False),
+        ("so 12 = 12.\nTherefore, the answer is correct", True),
+        ("**The answer is wrong.**", False),
+        ("The answer is correct. But wait, let me see.", None),
+        ("The answer is correct. The answer is wrong.", False),
+        ("I cannot say that the answer is correct.", None),
+        ("The answer is not correct.", None),
+        ("The answer is correct or wrong.", None),
+        ("The answer is 42.", None),
+        ("", None),
+        ("x" * 100_000, None),
+    ],
+)
+def test_the_verdict_is_the_final_sentence_only(text, verdict):
+    assert A.parse_judgment(text) is verdict
+
+
+@pytest.mark.parametrize(
+    "correct, verdicts, alpha, rewards",
+    [
+        ([True], [], 1.0, [1]),
+        ([True], [True], 1.0, [1, 1]),
+        ([False], [True], 1.0, [0, 0]),
+        ([False, True], [False], 1.0, [0, 1, 2]),
+        ([True, False], [False], 1.0, [1, 0, -1]),
+        ([True, True], [False], 1.0, [1, 0, 1]),
+        ([False, False], [False], 1.0, [0, 1, 0]),
+        ([False, True], [None], 0.5, [0, 0, 1.5]),  # no verdict: no reward, but a revision
+        ([True, True], [None], 1.0, [1, 0, 1]),
+        ([False, False, True], [False, False], 2.0, [0, 1, 0, 1, 3]),
+    ],
+)
+def test_each_turn_is_paid_for_what_it_did_itself(correct, verdicts, alpha, rewards):
+    assert A.dialogue_rewards(correct, verdicts, alpha) == pytest.approx(rewards)
+
+
+class Scripted(torch.nn.Module):
+    """A language model that says what its script says: reply k of the script of its problem.
+
+    Its cache holds the ids themselves, so it knows the conversation only through the cache and the
+    mask, as a real model does; it keeps what it has read for the test to look at.
+    """
+
+    def __init__(self, scripts: dict[str, list[str]], tokenizer) -> None:
+        super().__init__()
+        self.scripts, self.tokenizer = scripts, tokenizer
+        self.conversations: set[str] = set()
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values: DynamicCache, **_):
+        keys, _ = past_key_values.update(*[input_ids[:, None, :, None].float()] * 2, 0)
+        logits = torch.zeros(len(input_ids), 1, len(self.tokenizer))
+        for row, (cells, real) in enumerate(zip(keys[:, 0, :, 0], attention_mask)):
+            ids = cells[real].long().tolist()
+            assert not real[-1] or position_ids[row, -1] == len(ids) - 1
+            said = self.tokenizer.decode(ids)
+            self.conversations.add(said)
+            script = next(s for name, s in self.scripts.items() if name in said)
+            start = said.rindex("<|assistant|>") + len("<|assistant|>")
+            reply = self.encode(script[said.count("<|assistant|>") - 1] + "<|end|>")
+            done = len(self.encode(said[start:]))
+            logits[row, 0, reply[min(done, len(reply) - 1)]] = 50.0
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+SCRIPTS = {
+    "alpha": ["\\boxed{1}", "The answer is correct."],
+    "beta": ["\\boxed{2}", "Hm. The answer is wrong.", "again: \\boxed{1}"],
+    "gamma": ["it is \\boxed{1}", "no verdict here, and a long text", "\\boxed{3}"],
+    "delta": ["this is far too long to end within the limit", "The answer is wrong.", "\\boxed{1}"],
+}
+
+
+@pytest.fixture
+def scripted(base):
+    model = Scripted(SCRIPTS, base.tokenizer)
+    policy = dataclasses.replace(base, model=model)
+    problems = [A.Problem(i, name, "1") for i, name in enumerate(SCRIPTS)]
+    return model, policy, problems
+
+
+def test_dialogues_follow_the_verdicts(scripted):
+    model, policy, problems = scripted
+    config = A.Config(max_new_tokens=33)
+    dialogues = A.rollout(policy, problems, config, 0)
+    texts = [[turn.text for turn in d.turns] for d in dialogues]
+    assert texts[:3] == [SCRIPTS["alpha"], SCRIPTS["beta"], SCRIPTS["gamma"]]
+    assert [len(d.turns) for d in dialogues] == [2, 3, 3, 3]
+    assert [[t.reward for t in d.turns] for d in dialogues] == [
+        [1, 1],
+        [0, 1, 2],
+        [1, 0, -1],
+        [0, 1, 2],
+    ]
+    assert [t.ended for t in dialogues[3].turns] == [False, True, True]
+    for d in dialogues:  # what the model read is exactly the dialogue's ids, but for the last one
+        assert policy.tokenizer.decode(d.ids[:-1]) in model.conversations
+    whole = policy.tokenizer.decode(dialogues[3].ids)
+    assert whole.count("<|end|>") == 6 and whole.count("<|assistant|>") == 3
+
+
+def test_only_what_the_policy_said_is_scored(scripted):
+    _, policy, problems = scripted
+    dialogues = A.rollout(policy, problems, A.Config(max_new_tokens=33), 0)
+    v_star = {(p.index, role): 0.25 for p in problems for role in A.ROLES}
+    batch = A.collate(dialogues, v_star, torch.device("cpu"))
+    owner = 0
+    for d, ids, scored in zip(dialogues, batch.ids, batch.scored):
+        assert ids[: len(d.ids)].tolist() == d.ids
+        said = policy.tokenizer.decode(ids[scored])
+        ends = ["<|end|>" if turn.ended else "" for turn in d.turns]
+        assert said == "".join(turn.text + end for turn, end in zip(d.turns, ends))
+        for turn in d.turns:
+            assert (batch.turn == owner).sum() == turn.end - turn.start
+            assert batch.reward[owner] == turn.reward
+            owner += 1
+    assert owner == len(batch.reward) == len(batch.v_star)
+
+
+def test_without_revisions_it_is_a_star_po_alone(scripted):
+    _, policy, problems = scripted
+    dialogues = A.rollout(policy, problems, A.Config(max_new_tokens=9, revisions=0), 0)
+    assert [[turn.role for turn in d.turns] for d in dialogues] == [["solve"]] * 4
+
+
+CHATML = (
+    "{% for m in messages %}{{'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
+)
+FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+
+
+def test_later_turns_extend_the_same_ids_and_a_template_that_rewrites_is_refused(base):
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
+    for template in (tokenizer.chat_template, CHATML, A.PLAIN_TEMPLATE):
+        tokenizer.chat_template = template
+        messages = [
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": "R"},
+            {"role": "user", "content": A.VERIFY_PROMPT},
+        ]
+        glued = A.render(tokenizer, messages[:1]) + "R" + A.bridge_text(tokenizer, A.VERIFY_PROMPT)
+        assert glued == A.render(tokenizer, messages)
+    tokenizer.chat_template = FORGETFUL
+    with pytest.raises(A.UsageError, match="rewrites"):
+        A.bridge_text(tokenizer, A.VERIFY_PROMPT)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def dialogue(index: int, correct: list[bool], verdicts: list[bool | None]) -> A.Dialogue:
+    """A dialogue with given outcomes and no text."""
+    turns = [A.Turn("solve", 0, 0, "", True, correct=correct[0])]
+    for k, verdict in enumerate(verdicts):
+        turns.append(A.Turn("verify", 0, 0, "", True, verdict=verdict))
+        if k + 1 < len(correct):
+            turns.append(A.Turn("revise", 0, 0, "", True, correct=correct[k + 1]))
+    made = A.Dialogue(A.Problem(index, "", "1"), [], turns)
+    made.pay(alpha=1.0)
+    return made
+
+
+def test_a_role_without_samples_gets_the_value_of_all_samples_of_that_role():
+    dialogues = [
+        dialogue(0, [True], [True]),
+        dialogue(0, [False], [True]),
+        dialogue(1, [False, True], [False]),
+        dialogue(1, [False, False], [False]),
+    ]
+    value = {
+        kind: A.baselines(dialogues, A.Config(baseline=kind)) for kind in ("vstar", "mean", "zero")
+    }
+    assert value["mean"][0, "solve"] == 0.5 and value["mean"][1, "solve"] == 0.0
+    assert value["mean"][0, "revise"] == value["mean"][1, "revise"] == 1.0  # 0 has none: pooled
+    expected = A.estimate_v_star(torch.tensor([2.0, 0.0]), 0.5).item()
+    assert value["vstar"][0, "revise"] == value["vstar"][1, "revise"] == pytest.approx(expected)
+    assert set(value["zero"].values()) == {0.0}
+
+
+def gradients(base, dialogues, update_tokens: int) -> Tensor:
+    """What `update` hands to the optimizer, flattened."""
+
+    class Recorder(torch.optim.SGD):
+        def step(self):  # type: ignore[override]
+            parts = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+            self.recorded = torch.cat(parts)
+
+    policy = copy_of(base)
+    optimizer = Recorder(policy.model.parameters(), lr=0.0)
+    v_star = {(d.problem.index, role): 0.4 for d in dialogues for role in A.ROLES}
+    config = A.Config(update_tokens=update_tokens, max_grad_norm=1e9)
+    A.update(policy, base, optimizer, dialogues, v_star, config)
+    return optimizer.recorded
+
+
+def test_micro_batches_of_any_size_give_the_same_gradient(base, problems):
+    dialogues = A.rollout(base, problems, A.Config(max_new_tokens=30), 1)
+    whole = gradients(base, dialogues, 10**6)
+    assert whole.norm() > 0
+    assert torch.allclose(whole, gradients(base, dialogues, 400), atol=1e-5 * whole.norm().item())
+
+
+def test_the_first_update_raises_what_was_good_and_lowers_what_was_bad(base, problems):
+    policy = copy_of(base)
+    config = A.Config(max_new_tokens=30, revisions=0)
+    dialogues = A.rollout(policy, problems, config, 1)
+    for d, reward in zip(dialogues, itertools.cycle([1.0, 0.0])):
+        d.turns[0].reward = reward
+    v_star = {(d.problem.index, role): 0.5 for d in dialogues for role in A.ROLES}
+    batch = A.collate(dialogues, v_star, base.device)
+    score = [A.token_logps(policy, batch.ids, batch.mask, batch.scored).detach()]
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-4, weight_decay=0.0)
+    seen = A.update(policy, base, optimizer, dialogues, v_star, config)
+    score.append(A.token_logps(policy, batch.ids, batch.mask, batch.scored).detach())
+    change = torch.zeros(len(dialogues)).index_add(0, batch.turn, score[1] - score[0])
+    assert change[::2].mean() > 0 > change[1::2].mean()
+    assert seen["loss"] == pytest.approx(0.25) and seen["kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_an_update_with_a_gradient_that_is_not_finite_is_skipped(base, problems):
+    policy = copy_of(base)
+    dialogues = A.rollout(policy, problems[:4], A.Config(max_new_tokens=8, revisions=0), 1)
+    dialogues[0].turns[0].reward = math.inf
+    v_star = {(d.problem.index, "solve"): 0.5 for d in dialogues}
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1)
+    A.update(policy, base, optimizer, dialogues, v_star, A.Config())
+    for ours, theirs in zip(policy.model.parameters(), base.model.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+SHARED = {
+    "acc_t1", "acc_final", "verifier_acc", "verifier_balanced_acc", "revision_rate",
+    "answer_change_ratio",
+}  # fmt: skip
+METRICS = SHARED | {
+    "step", "loss", "reward_solve", "reward_verify", "reward_revise", "v_star", "kl", "entropy",
+    "grad_norm", "lr", "response_tokens", "tokens_per_second",
+}  # fmt: skip
+SUMMARY = SHARED | {
+    "n", "verifier_pool_balanced_acc", "fixed", "broken", "mean_response_tokens",
+    "no_answer_rate", "truncated_rate", "by_level", "by_subject",
+}  # fmt: skip
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a short finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    A.train(quick(out=str(folder), seed=5))
+    return folder
+
+
+def test_a_run_folder_holds_what_the_readme_says(finished):
+    metrics = read_lines(finished / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2] and METRICS <= set(metrics[0])
+    summary = json.loads((finished / "summary.json").read_text())
+    for part in ("before", "after"):
+        assert SUMMARY <= set(summary[part]) and summary[part]["n"] == 16
+    config = json.loads((finished / "config.json").read_text())
+    assert config["seed"] == 5 and len(config["weights"]) == 16 and "torch" in config["versions"]
+    rows = read_lines(finished / "eval_results.jsonl")
+    assert len(rows) == 16 and {"text", "answer", "verdict"} <= set(rows[0]["turns"][0])
+    stage_one = read_lines(finished / "v_star.jsonl")
+    assert len(stage_one) == 9 and len(stage_one[1]["samples"]) == 2
+    assert set(stage_one[1]["v_star"]) == set(A.ROLES)
+    model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
+    assert len(AutoTokenizer.from_pretrained(finished / "checkpoint")) == model.config.vocab_size
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tmp_path):
+    A.train(quick(out=str(tmp_path / "same"), seed=5))
+    A.train(quick(out=str(tmp_path / "other"), seed=6))
+    runs = [read_lines(folder / "metrics.jsonl") for folder in (finished, tmp_path / "same")]
+    for line in itertools.chain(*runs):
+        line.pop("tokens_per_second")
+    assert runs[0] == runs[1]
+    other = read_lines(tmp_path / "other" / "metrics.jsonl")
+    assert [m["loss"] for m in other] != [m["loss"] for m in runs[0]]
+    weights = [f / "checkpoint" / "model.safetensors" for f in (finished, tmp_path / "same")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_stage_one_can_be_reused_but_not_for_something_else(finished, tmp_path, capsys):
+    file = str(finished / "v_star.jsonl")
+    A.train(quick(out=str(tmp_path / "a"), seed=5, v_star=file, steps=1))
+    again = read_lines(tmp_path / "a" / "v_star.jsonl")
+    assert again == read_lines(finished / "v_star.jsonl")
+    assert read_lines(tmp_path / "a" / "metrics.jsonl")[0]["loss"] == pytest.approx(
+        read_lines(finished / "metrics.jsonl")[0]["loss"], rel=1e-6
+    )
+    status = A.main([*map(str, ["train", "--v-star", file, "--out", tmp_path / "b"])])
+    assert status == 2 and "other weights, problems or sampling" in capsys.readouterr().err
+
+
+def test_training_raises_the_reward(tmp_path):
+    config = A.Config(
+        steps=14, batch_size=48, train_limit=48, num_samples=4, eval_limit=64, revisions=0, seed=1,
+        out=str(tmp_path / "run"), warmup=1, lr=5e-4,
+    )  # fmt: skip
+    summary = A.train(config)
+    assert summary["after"]["acc_t1"] > summary["before"]["acc_t1"] + 0.2
+    rewards = [m["reward_solve"] for m in read_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def test_statistics_by_hand():
+    dialogues = [
+        dialogue(0, [True], [True]),  # right, and said so
+        dialogue(1, [True], [True]),
+        dialogue(2, [False], [True]),  # a miss
+        dialogue(3, [False, True], [False]),  # mended
+        dialogue(4, [True, False], [None]),  # no verdict: a miss; broken
+    ]
+    for d in dialogues:
+        for turn in d.attempts:
+            turn.answer = "1" if turn.correct else "0"
+    seen = A.statistics(dialogues)
+    assert seen["acc_t1"] == pytest.approx(3 / 5) and seen["acc_final"] == pytest.approx(3 / 5)
+    assert seen["verifier_acc"] == pytest.approx(3 / 5)
+    assert seen["verifier_balanced_acc"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert seen["revision_rate"] == pytest.approx(2 / 5) and seen["answer_change_ratio"] == 1
+    assert seen["fixed"] == 1 and seen["broken"] == 1
+    assert seen["reward_revise"] == pytest.approx((2 - 1) / 2)
+    assert A.statistics(dialogues[:2])["verifier_balanced_acc"] is None  # nothing was wrong
+
+
+def test_the_verifier_pool_is_balanced_and_scored(base):
+    rows = read_lines(DATA / "attempts.jsonl")
+    assert len(rows) >= 1000 and 2 * sum(row["correct"] for row in rows) == len(rows)
+    for row in rows[:200]:
+        assert A.verify(row["attempt"], row["answer"]) is row["correct"]
+    assert len({row["problem"] for row in rows}) == len(rows)
+    held_out = {row["problem"] for row in read_lines(DATA / "test.jsonl")}
+    assert {row["problem"] for row in rows} <= held_out
+    assert 0.3 < A.evaluate_pool(base, A.Config(eval_limit=100))["verifier_pool_balanced_acc"] < 0.8
+
+
+# --- Loading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row, problem, answer, level",
+    [
+        ({"problem": "P", "answer": "5", "level": 3}, "P", "5", 3),
+        (
+            {"problem": "P", "solution": r"so \boxed{5}", "level": "Level 2", "type": "x"},
+            "P",
+            "5",
+            2,
+        ),
+        ({"question": "P", "answer": "2 + 3 = 5\n#### 5"}, "P", "5", None),
+        ({"prompt": "P", "answer": 5, "level": "Level ?"}, "P", "5", None),
+    ],
+)
+def test_the_columns_of_common_data_sets_are_understood(row, problem, answer, level):
+    read = A.to_problem(row, 0, "here")
+    assert (read.problem, read.answer, read.level) == (problem, answer, level)
+
+
+def test_a_folder_is_read_by_datasets(tmp_path, base):
+    rows = [{"problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = A.load_problems(str(tmp_path), 3, base, A.Config())
+    assert [p.answer for p in problems] == ["1", "2", "3"]
+
+
+def test_another_kind_of_model_without_chat_template_or_pad_token_trains(tmp_path, base, capsys):
+    folder = gpt2_folder(tmp_path / "gpt2", base)
+    A.train(quick(model=str(folder), steps=1, max_new_tokens=8, out=str(tmp_path / "run")))
+    assert "no chat template" in capsys.readouterr().out
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+
+def test_eval_takes_the_newest_finished_run_and_says_so(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert A.main(["eval", "--eval-limit", "8", "--out", "first"]) == 0
+    assert "data/base" in capsys.readouterr().out
+    shutil.copytree(finished, tmp_path / "runs" / "older")
+    assert A.main(["eval", "--eval-limit", "8"]) == 0
+    assert str(Path("runs", "older", "checkpoint")) in capsys.readouterr().out
+    written = next(tmp_path.glob("runs/*-eval"))
+    assert len(read_lines(written / "eval_results.jsonl")) == 8
+    assert SUMMARY <= set(json.loads((written / "eval_summary.json").read_text()))
+
+
+def test_solve_prints_a_dialogue(capsys):
+    assert A.main(["solve", "What is 47 * 36?", "--model", "data/base"]) == 0
+    out = capsys.readouterr().out
+    assert "problem  What is 47 * 36?" in out and "solve" in out and "boxed" in out
+
+
+def broken_model(folder: Path, damage: str) -> Path:
+    """The base with something wrong."""
+    shutil.copytree(DATA / "base", folder)
+    weights = folder / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:50_000])
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "no tokenizer":
+        for file in folder.glob("*token*"):
+            file.unlink()
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no weights", "no tokenizer", "no config"])
+def test_a_broken_model_folder_is_one_sentence(damage, tmp_path, capsys):
+    folder = broken_model(tmp_path / "model", damage)
+    assert A.main(["train", "--model", str(folder), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert str(folder) in error and "Traceback" not in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("", "holds no problems"),
+        ('{"problem": "1 + 1?", "answer": "2"}\nnot json\n', "line 2: not JSON"),
+        ('{"problem": "1 + 1?"}\n', "line 1: 'answer' is missing"),
+        ('{"answer": "2"}\n', "line 1: 'problem' is missing"),
+        ('{"problem": 5, "answer": "2"}\n', "line 1: 'problem' is missing or not a text"),
+        ('{"problem": "1 + 1?", "answer": ""}\n', "holds no problems"),
+        ("[1]\n", "line 1: not a JSON object"),
+        ('{"problem": "%s", "answer": "2"}\n' % ("long " * 400), "holds no problems short enough"),
+    ],
+)
+def test_bad_data_names_the_file_and_the_line(text, complaint, tmp_path, capsys):
+    file = tmp_path / "problems.jsonl"
+    file.write_text(text)
+    assert A.main(["train", "--train-data", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--lr", "7"], "--lr must be at least 0 and at most 1"),
+        (["--beta1", "0"], "--beta1"),
+        (["--beta2", "nan"], "--beta2"),
+        (["--num-samples", "0"], "--num-samples"),
+        (["--temperature", "0"], "greedy"),
+        (["--train-data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--device", "cuda:77"], "cuda:77"),
+        (["--device", "abacus"], "abacus"),
+        (["--max-new-tokens", "5000"], "context"),
+        (["--v-star", "nowhere.jsonl"], "no such file"),
+    ],
+)
+def test_bad_options_are_one_sentence(arguments, complaint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--eval-limit", "4", "--train-limit", "4"]
+    assert A.main(["train", *small, *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert complaint in error and len(error.splitlines()) == 1
+
+
+def test_results_are_never_overwritten(finished, tmp_path, capsys):
+    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
+    assert A.main(["train", "--out", str(finished)]) == 2
+    assert "holds files already" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
+    (tmp_path / "file").touch()
+    assert A.main(["train", "--out", str(tmp_path / "file")]) == 2
+
+
+def test_as_a_process_it_helps_and_fails_with_a_status():
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, A.__file__, *arguments]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+
+    shown, others = run("train", "--help"), run("eval", "--help")
+    assert shown.returncode == 0
+    for item in dataclasses.fields(A.Config):
+        help_text = others.stdout if item.name in A.EVAL_ONLY else shown.stdout
+        assert "--" + item.name.replace("_", "-") in help_text
+    failed = run("train", "--steps", "-1")
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert run("train", "--steps", "many").returncode == 2
+
+
+def test_a_problem_that_comes_twice_in_a_batch_gets_two_dialogues(base, problems):
+    twice = [problems[0]] * 6
+    dialogues = A.rollout(base, twice, A.Config(max_new_tokens=30), 1, samples=range(6))
+    assert len({tuple(d.ids) for d in dialogues}) > 1
+    again = A.rollout(base, twice[:1], A.Config(max_new_tokens=30), 1, samples=[3])
+    assert again[0].ids == dialogues[3].ids
+
+
+def test_ctrl_c_keeps_what_was_learned(tmp_path):
+    command = [
+        sys.executable,
+        A.__file__,
+        "train",
+        "--steps",
+        "500",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    small = ["--train-limit", "8", "--batch-size", "8", "--num-samples", "1", "--eval-limit", "4"]
+    process = subprocess.Popen([*command, *small], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "--v-star" in error and "Traceback" not in error
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
+    assert read_lines(tmp_path / "run" / "v_star.jsonl")
+
+
+# --- How sure can we be ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "successes, n, low, high",
+    [  # Newcombe (1998), Statistics in Medicine 17, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_intervals_are_those_published(successes, n, low, high):
+    assert A.wilson(successes, n) == pytest.approx([low, high], abs=5e-5)
+    mirrored = A.wilson(n - successes, n)
+    assert mirrored == pytest.approx([1 - high, 1 - low], abs=5e-5)
+
+
+@pytest.mark.parametrize("n, correct", [(5, 0), (5, 2), (6, 3), (6, 6), (1, 1)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, correct):
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations(range(n), k))  # the first `correct` ones are right
+        share = sum(min(chosen) < correct for chosen in subsets) / len(subsets)
+        assert A.pass_at_k(n, correct, k) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("first, second", [(0, 0), (3, 3), (1, 9), (12, 4), (0, 5)])
+def test_mcnemar_counts_all_splits_that_are_as_uneven(first, second):
+    n = first + second
+    flips = itertools.product((0, 1), repeat=n)
+    uneven = sum(abs(2 * sum(flip) - n) >= abs(first - second) for flip in flips)
+    assert A.mcnemar(first, second) == pytest.approx(uneven / 2**n)
+
+
+def test_the_bootstrap_covers_a_known_mean_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    intervals = [A.bootstrap(rng.normal(1.0, 2.0, 60), draws=300) for _ in range(300)]
+    assert 0.90 < np.mean([low < 1.0 < high for low, high in intervals]) < 0.98
+    assert A.bootstrap([0.25] * 9) == [0.25, 0.25]
+    assert A.bootstrap([0.0, 1.0, 1.0], seed=3) == A.bootstrap([0.0, 1.0, 1.0], seed=3)
+
+
+def answered(index: int, answers: list[str], verdicts: list[bool | None]) -> A.Dialogue:
+    """A dialogue about problem `index`, whose answer is 1, with given answers and verdicts."""
+    made = dialogue(index, [answer == "1" for answer in answers], verdicts)
+    for turn, answer in zip(made.attempts, answers):
+        turn.answer = answer
+    return made
+
+
+def test_votes_go_by_value_and_pag_counts_only_what_it_accepted():
+    assert A.majority(["2", "\\frac{3}{1}", "3", "2", "3"]) in ("3", "\\frac{3}{1}")
+    assert A.majority(["5", "4", "4", "5"]) == "5"  # a tie: the earlier one
+    assert A.majority([None, None]) is None
+    doubted = [answered(0, ["7", "8"], [False]) for _ in range(2)]
+    trusted = [answered(0, ["1"], [True])]
+    assert A.accepted_majority(doubted + trusted) == "1"
+    assert A.accepted_majority(doubted) == "7"  # accepted nothing: as if nobody had checked
+    seen = A.voting([*doubted, *trusted, *(answered(1, ["1"], [True]) for _ in range(3))])
+    assert seen == pytest.approx(
+        {"pass@1": 2 / 3, "pass@2": 5 / 6, "pass@3": 1, "maj@3": 0.5, "pag@3": 1}
+    )
+
+
+def test_confusion_by_hand():
+    pairs = [(True, True)] * 3 + [(False, True), (None, True)]  # 3 of 5 right ones recognised
+    pairs += [(False, False)] * 3 + [(True, False)]  # 3 of 4 wrong ones
+    assert A.confusion(pairs, "v") == pytest.approx(
+        {"v_acc": 6 / 9, "v_balanced_acc": (3 / 5 + 3 / 4) / 2, "v_recall_right": 3 / 5,
+         "v_recall_wrong": 3 / 4, "v_precision": 3 / 4}
+    )  # fmt: skip
+    assert set(A.confusion([], "v").values()) == {None}
+
+
+def test_comparison_looks_only_at_problems_that_one_of_them_solved():
+    ours = [dialogue(i, [right], [True]) for i, right in enumerate([True] * 8 + [False] * 2)]
+    theirs = [dialogue(i, [right], [True]) for i, right in enumerate([True, False] * 5)]
+    found = A.compare(ours, theirs)["acc_t1"]
+    assert found["difference"] == pytest.approx(0.3)
+    assert (found["better"], found["worse"], found["p"]) == (4, 1, A.mcnemar(4, 1))
+    assert found["ci"][0] <= 0.3 <= found["ci"][1]
+
+
+def test_samples_of_one_problem_are_not_taken_for_independent():
+    once = [dialogue(i, [i < 5], [True]) for i in range(10)]
+    assert A.summarize(once)["acc_t1_ci"] == A.wilson(5, 10)
+    again = A.summarize([made for made in once for _ in range(8)])
+    assert again["n"] == 10 and again["acc_t1_ci"] == A.wilson(5, 10)
+
+
+def test_top_p_keeps_the_smallest_set_of_likeliest_tokens():
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(4000, -1)
+    u = torch.from_numpy(A.uniform(3, np.arange(4000)))
+    for top_p, kept in ((1.0, [0, 1, 2, 3]), (0.8, [1, 2, 3]), (0.65, [1, 3]), (0.3, [1])):
+        tokens = A.pick(logits, u, 1.0, top_p)
+        assert sorted(set(tokens.tolist())) == kept
+    halves = A.pick(logits, u, 1.0, 0.65)
+    assert (halves == 1).double().mean().item() == pytest.approx(4 / 7, abs=0.02)
+
+
+def test_with_a_tiny_top_p_sampling_is_greedy(base, problems):
+    config, narrow = A.Config(max_new_tokens=30), dataclasses.replace(base, top_p=1e-6)
+    sampled, greedy = (
+        A.rollout(narrow, problems, config, 1),
+        A.rollout(base, problems, config, 1, temperature=0.0),
+    )
+    assert [d.ids for d in sampled] == [d.ids for d in greedy]
+
+
+def test_eval_samples_votes_and_compares(finished, tmp_path, capsys):
+    options = ["--samples", "3", "--temperature", "0.6", "--top-p", "0.95", "--eval-limit", "8"]
+    models = ["--model", "data/base", "--compare", str(finished)]
+    assert A.main(["eval", *options, *models, "--out", str(tmp_path / "e")]) == 0
+    summary = json.loads((tmp_path / "e" / "eval_summary.json").read_text())
+    assert {"pass@1", "pass@2", "pass@3", "maj@3", "pag@3", "acc_final_ci"} <= set(summary)
+    assert summary["n"] == 8 and summary["pass@1"] == pytest.approx(summary["acc_t1"])
+    assert summary["compare"]["with"] == str(finished / "checkpoint")
+    assert len(read_lines(tmp_path / "e" / "eval_results.jsonl")) == 24
+    shown = capsys.readouterr().out
+    assert "maj@3" in shown and "problems better" in shown
+    assert all(len(line) < 80 or str(tmp_path.parent) in line for line in shown.splitlines())
+    assert A.main(["eval", "--samples", "3", "--out", str(tmp_path / "f")]) == 2
+    assert "greedy" in capsys.readouterr().err
+
+
+# --- Looking on while it trains -------------------------------------------------------------------
+
+
+def test_evaluations_on_the_way_keep_the_best_model(tmp_path, monkeypatch, capsys):
+    sent = []
+    monkeypatch.setattr(A, "number_sink", lambda config, folder: sent.append)
+    A.train(quick(out=str(tmp_path / "run"), steps=4, eval_every=2, eval_limit=8, seed=2))
+    lines = read_lines(tmp_path / "run" / "eval.jsonl")
+    assert [line["step"] for line in lines] == [2, 4] and set(SUMMARY) <= set(lines[0])
+    assert [numbers["step"] for numbers in sent] == [1, 2, 2, 3, 4, 4] and "eval/acc_t1" in sent[2]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "best")
+    shown = capsys.readouterr().out
+    assert "V* of 8 problems" in shown and "pass@2" in shown and "never solved" in shown
+
+
+@pytest.mark.parametrize("accs, kept", [((0.5, 0.7, 0.6), [0, 1]), ((0.4, 0.4, 0.3), [0])])
+def test_best_is_replaced_only_by_something_better(accs, kept, monkeypatch, tmp_path, base):
+    saved, earlier, steps = [], [], iter(range(3))
+    results = iter([({"acc_t1": 0.0, "acc_final": acc}, []) for acc in accs])
+    monkeypatch.setattr(A, "evaluate_policy", lambda *_, **__: next(results))
+    monkeypatch.setattr(A, "save_model", lambda *_: saved.append(len(earlier)))
+    for step in steps:
+        A.check_in(base, [], A.Config(), step, earlier, tmp_path)
+    assert saved == kept
+
+
+def test_a_missing_logger_is_one_sentence_and_a_present_one_gets_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(A.UsageError, match="pip install wandb"):
+        A.number_sink(A.Config(log_to="wandb"), tmp_path)
+    got = []
+    writer = types.SimpleNamespace(add_scalar=lambda *row: got.append(row))
+    module = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    send = A.number_sink(A.Config(log_to="tensorboard"), tmp_path)
+    send({"step": 3, "loss": 0.5, "verifier_acc": None})
+    assert got == [("step", 3, 3), ("loss", 0.5, 3)]
+
+
+def made_metrics(**changes: object) -> list[dict]:
+    """Five healthy training batches, but for the changes."""
+    healthy = dict.fromkeys(METRICS, 0.5) | {"kl": 1.0, "response_tokens": 20.0, "skipped": 0.0}
+    healthy |= {"truncated_rate": 0.0, "no_answer_rate": 0.0, "same_text_rate": 0.1}
+    healthy |= {"verifier_recall_right": 0.9, "verifier_recall_wrong": 0.6}
+    return [healthy | {"step": step} | changes for step in range(1, 6)]
+
+
+SICK = [
+    ({"truncated_rate": 0.8}, "80% of the responses were cut off at --max-new-tokens 64"),
+    ({"no_answer_rate": 0.7}, "70% of the attempts hold no answer"),
+    ({"skipped": 1.0, "loss": None, "kl": None}, "not finite (step 5)"),
+    ({"kl": 45.0}, "KL to the reference is 45 nats a turn of 20 tokens"),
+    ({"verifier_recall_right": 1.0, "verifier_recall_wrong": 0.01}, "one thing only"),
+    ({"verifier_recall_right": 0.0, "verifier_recall_wrong": 1.0}, "one thing only"),
+    ({"same_text_rate": 0.9}, "90% of a batch's first attempts are the same text"),
+    ({"response_tokens": 1.0, "kl": 0.1}, "a response has 1.0 tokens"),
+    ({}, ""),
+    ({"verifier_recall_wrong": None}, ""),  # nothing was wrong: nothing is known
+]
+
+
+@pytest.mark.parametrize("changes, sentence", SICK)
+def test_each_symptom_is_explained_once(changes, sentence, capsys):
+    said: set[str] = set()
+    for _ in range(3):
+        A.explain(A.training_facts(made_metrics(**changes), A.Config()), said)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert sentence in shown and len(said) == shown.count("! ") == bool(sentence)
+
+
+def test_a_fall_of_the_accuracy_is_told_from_chance(capsys):
+    good, bad = made_metrics(acc_final=0.8), made_metrics(acc_final=0.62)
+    for size, told in ((8, False), (64, True)):  # 0.18 less: chance in small batches
+        A.explain(A.training_facts(good + bad, A.Config(batch_size=size)), set())
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("fell from 0.80 (until step 5) to 0.62" in shown) is told
+
+
+def test_stage_one_says_when_problems_are_too_hard_or_too_easy(base, problems, capsys):
+    hopeless = [dataclasses.replace(problem, answer="no such answer") for problem in problems[:6]]
+    config = A.Config(num_samples=2, max_new_tokens=2)  # and too little room to answer
+    dialogues = A.stage_one(base, hopeless, config)
+    A.explain(A.stage_one_facts(dialogues, config), set())
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in ("100% of the problems were not solved once in 2", "cut off at --max-new-tokens 2"):
+        assert part in shown
+    easy = [dialogue(i, [True], [True]) for i in range(4)]  # as --v-star brings them: no texts
+    A.explain(A.stage_one_facts(easy, A.Config()), set())
+    shown = capsys.readouterr().out
+    assert "100% of the problems were solved by each" in shown and shown.count("!") == 1
+
+
+def test_a_run_whose_gradients_are_never_finite_stops_with_its_last_good_model(
+    tmp_path, monkeypatch, capsys
+):
+    def sick(*tensors: Tensor) -> Tensor:
+        return A_LOSS(*tensors) * math.nan
+
+    A_LOSS = A.astarpo_loss
+    monkeypatch.setattr(A, "astarpo_loss", sick)
+    arguments = ["--steps", "9", "--batch-size", "4", "--train-limit", "4", "--eval-limit", "4"]
+    small = ["--num-samples", "1", "--max-new-tokens", "16", "--out", str(tmp_path / "run")]
+    assert A.main(["train", *arguments, *small]) == 1
+    shown = capsys.readouterr()
+    assert "in 5 steps running" in shown.err and shown.out.count("is not finite (step 1)") == 1
+    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [m["skipped"] for m in metrics] == [1.0] * 5 and metrics[0]["loss"] is None
+    saved = A.load_policy(A.Config(model=str(tmp_path / "run" / "checkpoint"), threads=1))
+    assert A.weights_hash(saved.model) == A.weights_hash(A.load_policy(A.Config(threads=1)).model)
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
+    finished, tmp_path, monkeypatch
+):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda f, out: (drawn.append(f), save(f, out)))
+    assert (finished / "dashboard.png").stat().st_size > 20_000
+    runs = []
+    for name, changes in {"a": {}, "b": {"seed": 6}, "c": {"seed": 7, "lr": 0.5}}.items():
+        runs.append(shutil.copytree(finished, tmp_path / name))
+        config = json.loads((runs[-1] / "config.json").read_text()) | changes
+        (runs[-1] / "config.json").write_text(json.dumps(config))
+    groups = A.load_runs(runs)
+    assert {name: len(members) for name, members in groups.items()} == {"lr 0.0003": 2, "lr 0.5": 1}
+    assert A.main(["plot", *map(str, runs), "--out", str(tmp_path / "all.png")]) == 0
+    axes = drawn[0].axes
+    assert len(axes) == 7  # six, and KL's own scale
+    assert all(axis.get_ylabel() for axis in axes) and all(axis.get_title() for axis in axes[:6])
+    assert len(axes[0].collections) == 1  # the band of the two seeds
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["lr 0.0003", "lr 0.5"]
+    smoothed = [
+        line for line in axes[0].lines if len(line.get_xdata()) and line.get_linestyle() != "None"
+    ]
+    assert [line.get_linestyle() for line in smoothed] == ["-", "--"]
+
+
+def test_a_picture_needs_a_run_and_matplotlib(finished, tmp_path, monkeypatch, capsys):
+    assert A.main(["plot", str(tmp_path)]) == 2
+    assert "is not the folder of a run" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    A.draw(finished)
+    shown = capsys.readouterr().out.strip()
+    assert "pip install matplotlib" in shown and len(shown.splitlines()) == 1
+
+
+# --- Our own problems and the base ----------------------------------------------------------------
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def solve_again(problem: str) -> Fraction:
+    """The answer, found from the problem's words alone: nothing here comes from the generator."""
+    n = numbers(problem)
+    if m := re.fullmatch(r"What is (\d+) ([-+*/]) (\d+)\?", problem):
+        a, b = Fraction(m[1]), Fraction(m[3])
+        return {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[m[2]]
+    if m := re.fullmatch(r"Solve (\d*)x ([-+]) (\d+) = (\d+) for x\.", problem):
+        moved = int(m[4]) - int(m[3]) if m[2] == "+" else int(m[4]) + int(m[3])
+        return Fraction(moved, int(m[1] or 1))
+    if "bags of" in problem:  # two steps
+        if "gives away" in problem:
+            return Fraction(n[0] * n[1] - n[2])
+        return Fraction(n[0] + n[1] * n[2])
+    if re.search(r"gives away|sold", problem):
+        return Fraction(n[0] - n[1])
+    if re.search(r"buys|in another", problem):
+        return Fraction(n[0] + n[1])
+    assert re.search(r"boxes of|each", problem), problem
+    return Fraction(n[0] * n[1])
+
+
+def value(answer: str) -> Fraction:
+    """An integer, a fraction or a mixed number in LaTeX."""
+    m = re.fullmatch(r"(\d+)?(?:\\frac\{(\d+)\}\{(\d+)\})?", answer)
+    assert m and answer, answer
+    return Fraction(m[1] or 0) + (Fraction(int(m[2]), int(m[3])) if m[2] else 0)
+
+
+def largest(problem: str) -> tuple[int, int]:
+    low, high = sorted(numbers(problem))[-2:]
+    return low, high
+
+
+def test_the_shipped_files_are_what_the_generator_writes(tmp_path: Path) -> None:
+    A.make_data(tmp_path, seed=0)
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_every_answer_is_right(name: str) -> None:
+    for row in rows(name):
+        assert value(row["answer"]) == solve_again(row["problem"]), row
+        boxed = re.search(r"\\boxed\{(.*)\}$", row["solution"])
+        assert boxed and value(boxed[1]) == value(row["answer"]), row
+
+
+def test_every_step_of_every_shown_solution_is_true() -> None:
+    rng = random.Random(5)
+    for _ in range(2000):
+        _, task = A.make_task(rng, demo=False)
+        for text in (task.worked, task.thorough, A.worked_check(task, task.answer)):
+            plain = re.sub(r"\\boxed\{(\d+)\}", r"\1", text)
+            division = r"(\d+) / (\d+) = (\d+) r (\d+), "
+            for a, b, q, r in re.findall(division, plain):
+                assert divmod(int(a), int(b)) == (int(q), int(r)), text
+            rest = re.sub(division, "", plain)
+            for left, right in re.findall(r"(\d[-+*\d ]*) = (?=(\d[-+*\d ]*))", rest):
+                assert eval(left) == eval(right), text
+
+
+def test_the_data_have_variety() -> None:
+    test = rows("test")
+    assert len(test) >= 2000
+    for data in (test, rows("train")):
+        assert len({r["subject"] for r in data}) >= 4
+        assert {r["level"] for r in data} == {1, 2, 3, 4, 5}
+        assert any("frac" in r["answer"] for r in data)
+        assert len({r["problem"] for r in data}) == len(data)
+
+
+def held_out_pairs() -> set[tuple[int, int]]:
+    return {largest(r["problem"]) for r in rows("test")}
+
+
+def test_no_pair_of_the_held_out_problems_is_in_the_training_file() -> None:
+    assert not held_out_pairs() & {largest(r["problem"]) for r in rows("train")}
+
+
+@pytest.mark.parametrize("habits", [False, True])
+def test_no_pair_of_the_held_out_problems_is_ever_demonstrated(habits: bool) -> None:
+    held_out, rng = held_out_pairs(), random.Random(3)
+    for low, high in held_out:  # the reservation, recomputed
+        assert zlib.crc32(f"{low},{high}".encode()) % 8 == 2 and (low > 9 or high > 99)
+    for _ in range(3000):
+        turns = A.demonstration(rng, habits)
+        problem = turns[0][1].split("\n")[0]
+        assert largest(problem) not in held_out, problem
+        for _, text, _ in turns[1:]:
+            for p, q in re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", text):
+                assert (min(int(p), int(q)), max(int(p), int(q))) not in held_out, text
+
+
+def test_habits_do_not_depend_on_the_problem() -> None:
+    rng, hasty, easy = random.Random(4), [], []
+    for _ in range(4000):
+        turns = A.demonstration(rng, True)
+        if turns[1][2]:
+            hasty.append(turns[1][1].startswith("\\boxed"))
+            easy.append(re.match(r"What is \d+ [-+]", turns[0][1]) is not None)
+    for group in (True, False):
+        share = [h for h, e in zip(hasty, easy, strict=True) if e == group]
+        assert 0.63 < sum(share) / len(share) < 0.77
+
+
+def test_a_demonstrated_verdict_is_right_when_it_was_checked() -> None:
+    rng = random.Random(6)
+    for _ in range(2000):
+        turns = A.demonstration(rng, False)
+        if not turns[3][1].startswith(A.CHECK):
+            continue
+        boxed = re.search(r"\\boxed\{(.*)\}$", turns[1][1])
+        assert boxed
+        right = value(boxed[1]) == solve_again(turns[0][1].split("\n")[0])
+        assert turns[3][1].endswith(A.CORRECT if right else A.WRONG)
+        assert not right or turns[1][2], "a right attempt is learnt"
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list:
+    """As built, as reloaded for a model of type qwen2, and as shipped."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    built = A.build_tokenizer()
+    built.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    return [built, *(AutoTokenizer.from_pretrained(f) for f in (folder, DATA / "base"))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_the_tokenizer_survives_the_reload_and_keeps_any_text(tokenizers: list, text: str) -> None:
+    text = unicodedata.normalize("NFC", text)  # Qwen2's own normalizer does this to every text
+    built, *reloaded = tokenizers
+    ids = built.encode(text)
+    for tokenizer in reloaded:
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_problems_and_demonstrations_keep_their_ids(tokenizers: list) -> None:
+    built, *reloaded = tokenizers
+    assert (built.eos_token, built.pad_token) == ("<|end|>", "<|pad|>")
+    assert len(built) <= 400 and built.eos_token_id != built.pad_token_id
+    rng = random.Random(7)
+    for _ in range(300):
+        turns = A.demonstration(rng, True)
+        ids = [t for t, _ in A.demo_ids(built, turns)]
+        messages = [{"role": r, "content": t} for r, t, _ in turns]
+        for tokenizer in reloaded:
+            assert tokenizer.apply_chat_template(messages, return_dict=False) == ids
+            for _, text, _ in turns:
+                assert tokenizer.decode(tokenizer.encode(text)) == text
+            for k in range(
+                1, len(turns), 2
+            ):  # each later turn extends the ids of the earlier ones exactly
+                start = tokenizer.apply_chat_template(
+                    messages[:k], add_generation_prompt=True, return_dict=False
+                )
+                assert start == ids[: len(start)]
+
+
+def test_only_what_the_assistant_says_is_learnt() -> None:
+    tokenizer = A.build_tokenizer()
+    rng = random.Random(8)
+    for _ in range(100):
+        turns = A.demonstration(rng, False)
+        pairs = A.demo_ids(tokenizer, turns)
+        learnt = tokenizer.decode([t for t, learn in pairs if learn])
+        assert learnt == "".join(f"{t}<|end|>" for _, t, learn in turns if learn)
+
+
+def test_the_base_is_small_and_ordinary() -> None:
+    model = AutoModelForCausalLM.from_pretrained(DATA / "base")
+    assert model.config.model_type == "qwen2"
+    assert sum(f.stat().st_size for f in (DATA / "base").iterdir()) < 8e6
+    assert model.generation_config.temperature in (None, 1.0)
+
+
+def test_the_readme_problem_is_never_demonstrated() -> None:
+    assert A.reserved(36, 47) and A.reserved(47, 36)
