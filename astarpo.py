@@ -230,17 +230,8 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 # Model output is hostile text. The limits bound every loop: whatever the text, a comparison
 # takes milliseconds; there is no eval, no timer, no thread.
 #
-# Three steps follow: find the answer, clean its spelling, compare. How a clean text is cut into
-# pieces and its values are computed is a small parser of the usual kind: Part II, C.
-
-MAX_ANSWER = 2_000  # characters; the longest gold in MATH has about 160
-MAX_TAIL = 20_000  # characters at the end in which "the answer is" is looked for
-MAX_DEPTH = 40  # brackets, roots and exponents inside each other
-MAX_BITS = 16_000  # of a numerator or denominator: 2^{4950} is a gold answer
-MAX_INEXACT = 400  # characters of both answers, if digits of roots are to be computed
-MAX_EXPONENT = 40  # with roots around, numbers stay in 10^-40 .. 10^40: a smaller term could drown
-MAX_STEPS = 5_000  # work for one comparison; a step is about four microseconds
-MAX_POINTS = 8  # both signs of three variables
+# Three steps follow: find the answer, clean its spelling, compare. The limits, the table of
+# spellings, and a small parser of the usual kind that computes values are in Part II, C.
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^]{}]*\]\s*)*|\\.|[{}]", re.DOTALL)
 PHRASE = re.compile(r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|####", re.IGNORECASE)
@@ -289,49 +280,6 @@ def last_box(text: str) -> str:
             else:  # \boxed 5 has no braces: take the next word
                 content = re.match(r"[^\s$]*", text[start:])[0].rstrip(".,;")
     return content.strip()
-
-
-# Cleaning: all spellings of a sign become one character, and what is only typography a space.
-SPELLINGS = r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \mathbf \mathit
-    \boldsymbol \! \, \; \: \> \quad \qquad \( \) \[ \] \$ \% ~ $ % € £ " | · \cdot \times \ast × ⋅ *
-    | - − – — | / \div ÷ ⁄ | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | < \lt | > \gt | ≠ \ne \neq
-    | ± \pm | ∓ \mp | ∪ \cup | ∈ \in | ∞ \infty | ° \circ \degree | π \pi | ( \langle ⟨ | ) \rangle ⟩
-    | \{ \lbrace | \} \rbrace | \{\} \emptyset \varnothing ∅ | … \ldots \dots | \overline \bar
-    | \frac \dfrac \tfrac \cfrac | \sqrt √ | \frac12 ½ | \frac13 ⅓ | \frac23 ⅔ | \frac14 ¼ | \frac34 ¾
-    | ^2 ² | ^3 ³ | \text \mbox \textbf \textit \textrm \textnormal \mathrm \operatorname"""
-PLAIN = {
-    old: new.replace("␣", " ")
-    for new, *olds in map(str.split, SPELLINGS.split("|"))
-    for old in olds
-}
-PLAIN |= {"\\ ": " "}
-SIGN = re.compile(r"\\(?:[a-zA-Z]+|.)|[^\sa-zA-Z0-9+\-(){},.=^_]", re.DOTALL)
-BARE_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
-REWRITES = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\b([apAP])\.([mM])\b\.?", r"\1\2"),
-        (r"\\text\s*\{([^{}]*)\}", r'"\1"'),
-        (r"\\begin\s*\{[pb]matrix\}", "⟦"),
-        (r"\\end\s*\{[pb]matrix\}", "⟧"),
-        (r"\^\s*(?:\{\s*°\s*\}|°)", "°"),
-        (r"_\s*\{([0-9]+|\w)\}", r"_\1"),
-        (r"(?<=[0-9])\s*,\s+(?=[0-9])", ";"),  # 1, 250 is two numbers, 1,250 one
-        (r"(?<![0-9])([0-9]+)\s+([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
-        (r"\\frac\s*([0-9])", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (  # 0.1\overline{6} is 0.10 + 6/90
-            r"(?<![0-9])([0-9]*\.([0-9]*))\\overline\s*\{([0-9]+)\}",
-            lambda m: rf"({m[1]}0+\frac{{{m[3]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}})",
-        ),
-        (r"\s+", " "),
-        (r"(?<![A-Za-z0-9.]) | (?![A-Za-z0-9.])", ""),
-        (  # 2\frac{1}{3} is two and a third; 2\frac{7}{3} has two readings and gets none
-            r"(?<![\w.^ })])([0-9]+)(\\frac\{([0-9]+)\}\{([0-9]+)\})",
-            lambda m: f"({m[1]}+{m[2]})" if int(m[3]) < int(m[4]) else f"?{m[0]}",
-        ),
-    )
-]
 
 
 def normalize_answer(answer: str | None) -> str:
@@ -1183,28 +1131,6 @@ def train_step(
     return {"step": step + 1, **means, **statistics(dialogues), "tokens_per_second": speed}
 
 
-def first_stage(
-    ref: Policy, problems: Sequence[Problem], config: Config, folder: Path, said: set[str]
-) -> tuple[Baselines, list[Problem]]:
-    """Stage 1, sampled or read from --v-star: V^*, and the problems to train on."""
-    mark = fingerprint(ref, problems, config)
-    if config.v_star:
-        dialogues = load_stage_one(config.v_star, mark, problems, config)
-    else:
-        dialogues = stage_one(ref, problems, config)
-    v_star = baselines(dialogues, config)
-    save_stage_one(folder / "v_star.jsonl", mark, dialogues, v_star)
-    report_stage_one(dialogues, v_star)
-    explain(stage_one_facts(dialogues, config), said)
-    solved = {d.problem.index for d in dialogues if d.attempts[0].correct}
-    kept = [p for p in problems if p.index in solved or not config.drop_unsolved]
-    if not kept:
-        raise RunError(
-            "stage 1 solved no problem at all: --drop-unsolved leaves nothing to train on"
-        )
-    return v_star, kept
-
-
 def train(config: Config) -> dict[str, Any]:
     """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary.
 
@@ -1332,31 +1258,6 @@ def evaluate_policy(
             groups[str(getattr(dialogue.problem, trait))].append(dialogue)
         summary[f"by_{trait}"] = {name: summarize(g) for name, g in sorted(groups.items())}
     return summary, dialogues
-
-
-def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
-    """The verify turn's confusion on the fixed pool beside the evaluation data (attempts.jsonl);
-    None where there is no pool, or no verify turn."""
-    pool = load_pool(config) if config.revisions > 0 else []
-    told = [given_attempt(policy, *attempt) for attempt in pool]
-    lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in told]
-    progress = Progress("verifier pool", len(told))
-    for batch in token_batches(lengths, config.rollout_tokens):
-        chosen = [told[i] for i in batch]
-        requests = [next_request(policy, dialogue, "verify") for dialogue in chosen]
-        unused = np.zeros((len(chosen), config.max_new_tokens))  # greedy: no random numbers
-        memory = Memory(len(chosen), policy.device)
-        take_turn(policy, chosen, memory, requests, "verify", unused, temperature=0.0)
-        progress.advance(len(batch))
-    judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
-    return confusion(judged, "verifier_pool")
-
-
-def given_attempt(policy: Policy, problem: Problem, text: str, correct: bool) -> Dialogue:
-    """A dialogue whose first turn is somebody's text, not ours (so there are no ids to keep)."""
-    prompt, attempt = policy.prompt_ids(problem), encode(policy.tokenizer, text)
-    turn = Turn("solve", len(prompt), len(prompt + attempt), text, ended=False, correct=correct)
-    return Dialogue(problem, prompt + attempt, [turn])
 
 
 def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
@@ -1781,9 +1682,84 @@ def load_stage_one(
     return dialogues
 
 
+def first_stage(
+    ref: Policy, problems: Sequence[Problem], config: Config, folder: Path, said: set[str]
+) -> tuple[Baselines, list[Problem]]:
+    """Stage 1, sampled or read from --v-star: V^*, and the problems to train on."""
+    mark = fingerprint(ref, problems, config)
+    if config.v_star:
+        dialogues = load_stage_one(config.v_star, mark, problems, config)
+    else:
+        dialogues = stage_one(ref, problems, config)
+    v_star = baselines(dialogues, config)
+    save_stage_one(folder / "v_star.jsonl", mark, dialogues, v_star)
+    report_stage_one(dialogues, v_star)
+    explain(stage_one_facts(dialogues, config), said)
+    solved = {d.problem.index for d in dialogues if d.attempts[0].correct}
+    kept = [p for p in problems if p.index in solved or not config.drop_unsolved]
+    if not kept:
+        raise RunError(
+            "stage 1 solved no problem at all: --drop-unsolved leaves nothing to train on"
+        )
+    return v_star, kept
+
+
 # --- C. The algebra of answers --------------------------------------------------------------------
-# What section 3 leaves out: cutting a clean text into tokens, the tokens into structure (`Node`),
-# and computing values by recursive descent, a method for each rule of the grammar.
+# What section 3 leaves out: its limits, its table of spellings, cutting a clean text into tokens and
+# the tokens into structure (`Node`), and computing values by recursive descent, a method for each
+# rule of the grammar.
+
+MAX_ANSWER = 2_000  # characters; the longest gold in MATH has about 160
+MAX_TAIL = 20_000  # characters at the end in which "the answer is" is looked for
+MAX_DEPTH = 40  # brackets, roots and exponents inside each other
+MAX_BITS = 16_000  # of a numerator or denominator: 2^{4950} is a gold answer
+MAX_INEXACT = 400  # characters of both answers, if digits of roots are to be computed
+MAX_EXPONENT = 40  # with roots around, numbers stay in 10^-40 .. 10^40: a smaller term could drown
+MAX_STEPS = 5_000  # work for one comparison; a step is about four microseconds
+MAX_POINTS = 8  # both signs of three variables
+
+
+# Cleaning: all spellings of a sign become one character, and what is only typography a space.
+SPELLINGS = r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \mathbf \mathit
+    \boldsymbol \! \, \; \: \> \quad \qquad \( \) \[ \] \$ \% ~ $ % € £ " | · \cdot \times \ast × ⋅ *
+    | - − – — | / \div ÷ ⁄ | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | < \lt | > \gt | ≠ \ne \neq
+    | ± \pm | ∓ \mp | ∪ \cup | ∈ \in | ∞ \infty | ° \circ \degree | π \pi | ( \langle ⟨ | ) \rangle ⟩
+    | \{ \lbrace | \} \rbrace | \{\} \emptyset \varnothing ∅ | … \ldots \dots | \overline \bar
+    | \frac \dfrac \tfrac \cfrac | \sqrt √ | \frac12 ½ | \frac13 ⅓ | \frac23 ⅔ | \frac14 ¼ | \frac34 ¾
+    | ^2 ² | ^3 ³ | \text \mbox \textbf \textit \textrm \textnormal \mathrm \operatorname"""
+PLAIN = {
+    old: new.replace("␣", " ")
+    for new, *olds in map(str.split, SPELLINGS.split("|"))
+    for old in olds
+}
+PLAIN |= {"\\ ": " "}
+SIGN = re.compile(r"\\(?:[a-zA-Z]+|.)|[^\sa-zA-Z0-9+\-(){},.=^_]", re.DOTALL)
+BARE_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
+REWRITES = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"\b([apAP])\.([mM])\b\.?", r"\1\2"),
+        (r"\\text\s*\{([^{}]*)\}", r'"\1"'),
+        (r"\\begin\s*\{[pb]matrix\}", "⟦"),
+        (r"\\end\s*\{[pb]matrix\}", "⟧"),
+        (r"\^\s*(?:\{\s*°\s*\}|°)", "°"),
+        (r"_\s*\{([0-9]+|\w)\}", r"_\1"),
+        (r"(?<=[0-9])\s*,\s+(?=[0-9])", ";"),  # 1, 250 is two numbers, 1,250 one
+        (r"(?<![0-9])([0-9]+)\s+([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
+        (r"\\frac\s*([0-9])", r"\\frac{\1}"),
+        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+        (  # 0.1\overline{6} is 0.10 + 6/90
+            r"(?<![0-9])([0-9]*\.([0-9]*))\\overline\s*\{([0-9]+)\}",
+            lambda m: rf"({m[1]}0+\frac{{{m[3]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}})",
+        ),
+        (r"\s+", " "),
+        (r"(?<![A-Za-z0-9.]) | (?![A-Za-z0-9.])", ""),
+        (  # 2\frac{1}{3} is two and a third; 2\frac{7}{3} has two readings and gets none
+            r"(?<![\w.^ })])([0-9]+)(\\frac\{([0-9]+)\}\{([0-9]+)\})",
+            lambda m: f"({m[1]}+{m[2]})" if int(m[3]) < int(m[4]) else f"?{m[0]}",
+        ),
+    )
+]
 
 TOKEN = re.compile(
     r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
@@ -2388,6 +2364,31 @@ def compare(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, 
         p = mcnemar(*split.values())
         found[name] = {"difference": gain.mean().item(), "ci": bootstrap(gain), **split, "p": p}
     return found
+
+
+def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
+    """The verify turn's confusion on the fixed pool beside the evaluation data (attempts.jsonl);
+    None where there is no pool, or no verify turn."""
+    pool = load_pool(config) if config.revisions > 0 else []
+    told = [given_attempt(policy, *attempt) for attempt in pool]
+    lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in told]
+    progress = Progress("verifier pool", len(told))
+    for batch in token_batches(lengths, config.rollout_tokens):
+        chosen = [told[i] for i in batch]
+        requests = [next_request(policy, dialogue, "verify") for dialogue in chosen]
+        unused = np.zeros((len(chosen), config.max_new_tokens))  # greedy: no random numbers
+        memory = Memory(len(chosen), policy.device)
+        take_turn(policy, chosen, memory, requests, "verify", unused, temperature=0.0)
+        progress.advance(len(batch))
+    judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
+    return confusion(judged, "verifier_pool")
+
+
+def given_attempt(policy: Policy, problem: Problem, text: str, correct: bool) -> Dialogue:
+    """A dialogue whose first turn is somebody's text, not ours (so there are no ids to keep)."""
+    prompt, attempt = policy.prompt_ids(problem), encode(policy.tokenizer, text)
+    turn = Turn("solve", len(prompt), len(prompt + attempt), text, ended=False, correct=correct)
+    return Dialogue(problem, prompt + attempt, [turn])
 
 
 # --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
