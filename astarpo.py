@@ -2184,7 +2184,9 @@ def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
         print(f"  {tenth / 10:.1f} to {tenth / 10 + 0.1:.1f} {count:>6} {bar}".rstrip())
     print("  mean: " + ", ".join(f"{role} {show(mean(v), 2)}" for role, v in values.items()))
     print(f"  never solved {never:.0%}, always solved {always:.0%}: these cannot teach solving")
-    print(f"  pass@{len(dialogues) // len(solved)} of the reference {1 - never:.2f}: the ceiling")
+    print(
+        f"  pass@{len(dialogues) // len(solved)} of the reference {1 - never:.2f} (the paper's ceiling)"
+    )
 
 
 def report_training(

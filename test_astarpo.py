@@ -1,7 +1,7 @@
 """The specification of astarpo.py. Read the names; each test is a sentence that must stay true.
 
 Properties (hypothesis) for the mathematics and the answer checker; tiny real models for the rest.
-Run with `pytest`; about two minutes on two cores.
+Run with `pytest`; about a minute.
 """
 
 from __future__ import annotations
@@ -291,8 +291,9 @@ def test_tokens_are_drawn_with_their_probabilities():
         seen = torch.bincount(tokens, minlength=5) / len(u)
         assert torch.allclose(seen, expected, atol=0.015)
         assert seen[1] == seen[4] == 0
-    edge = A.pick(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-32], dtype=torch.float64), 1.0)
-    assert edge.tolist() == [0, 3]
+    edges = torch.tensor([0.0, 1 - 2**-32], dtype=torch.float64)
+    assert A.pick(logits.expand(2, -1), edges, 1.0).tolist() == [0, 3]
+    assert A.pick(logits.flip(0).expand(2, -1), edges, 1.0).tolist() == [1, 4]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -1236,6 +1237,26 @@ def test_the_first_update_raises_what_was_good_and_lowers_what_was_bad(base, pro
     change = torch.zeros(len(dialogues)).index_add(0, batch.turn, score[1] - score[0])
     assert change[::2].mean() > 0 > change[1::2].mean()
     assert seen["loss"] == pytest.approx(0.25) and seen["kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_loss_and_kl_are_measured_against_the_reference(base, problems):
+    policy = copy_of(base)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.01)  # no longer the reference
+    config = A.Config(max_new_tokens=30, revisions=0)
+    dialogues = A.rollout(policy, problems, config, 1)
+    v_star = {(d.problem.index, "solve"): 0.5 for d in dialogues}
+    batch = A.collate(dialogues, v_star, base.device)
+    inputs = (batch.ids, batch.mask, batch.scored)
+    gaps = (A.token_logps(policy, *inputs) - A.token_logps(base, *inputs)).detach()
+    ratio = torch.zeros(len(dialogues)).index_add(0, batch.turn, gaps)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    seen = A.update(policy, base, optimizer, dialogues, v_star, config)
+    residual = config.beta2 * ratio - (batch.reward - 0.5)
+    assert abs(ratio.mean().item()) > 1e-3
+    assert seen["kl"] == pytest.approx(ratio.mean().item(), abs=1e-4)
+    assert seen["loss"] == pytest.approx(residual.square().mean().item(), abs=1e-6)
 
 
 def test_an_update_with_a_gradient_that_is_not_finite_is_skipped(base, problems):
