@@ -26,9 +26,10 @@ pi* cannot be computed (the sum runs over all responses), but take the logarithm
 
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
-The right side is the *optimal advantage*: how much better this response is than the best policy
-does on average. (That is the A* in the name. It has nothing to do with A* search.) The left side is
-something that our policy can compute for any response. So A*-PO is two stages:
+The right side is the *optimal advantage*: how much better this response is than V*(x), the most
+that (1) can reach, its price included. (That is the A* in the name. It has nothing to do with A*
+search.) The left side is something that our policy can compute for any response. So A*-PO is two
+stages:
 
   Stage 1, once, offline: N = 8 responses a problem from pi_ref, and from their rewards
   (5)  V^*(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
@@ -60,7 +61,7 @@ appendix: what the lesson needs around it.
 
   Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
             6 sampling      7 V*          8 the loss  9 PAG's turns
-           10 training     11 evaluation   12 how sure can we be?
+           10 training     11 evaluation
   Part II   A errors and progress   B loading and saving   C the algebra of answers
             D the report            E how sure can we be?  F watching a run
             G our own problems      H the base model       I the command line
@@ -121,7 +122,7 @@ HERE = Path(__file__).resolve().parent
 # Every number that a run depends on is a field of Config: the command line, its help and a run's
 # config.json are all made from this one list. Where the papers give a value, it is the default. The
 # exceptions are the sizes (steps, batch, lengths, learning rate), which fit the small base model
-# that comes with this file; the README gives those for a real one.
+# that comes with this file (the README gives those for a real one), and `minibatches`.
 
 
 def option(
@@ -145,7 +146,7 @@ class Config:
     batch_size: int = option(64, "stage 2: problems a batch, one dialogue each", low=1)
     minibatches: int = option(1, "updates a batch; more than 1 is off-policy (paper: 2)", low=1)
     lr: float = option(3e-4, "AdamW's learning rate after warm-up", high=1)
-    warmup: int = option(3, "updates over which the learning rate rises to --lr")
+    warmup: int = option(3, "steps over which the learning rate rises to --lr")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", low=1e-9)
     beta1: float = option(0.5, "temperature of V* in (5), in units of reward", low=1e-6)
     beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", low=1e-9)
@@ -160,10 +161,12 @@ class Config:
     temperature: float = option(1.0, "sampling temperature; 0 is greedy (eval only)", high=100)
     train_limit: int = option(256, "use the first so many training problems (0: all)")
     eval_limit: int = option(500, "evaluate on the first so many held-out problems (0: all)")
-    eval_every: int = option(0, "evaluate every so many updates and keep the best model (0: never)")
+    eval_every: int = option(0, "evaluate every so many steps and keep the best model (0: never)")
     log_to: str = option("none", "send the metrics to", choices=("none", "tensorboard", "wandb"))
     samples: int = option(1, "eval: dialogues a problem (K)", low=1)
-    top_p: float = option(1.0, "eval: sample from the likeliest tokens, so much in all", 1e-6, 1)
+    top_p: float = option(
+        1.0, "eval: sample from the likeliest tokens of this probability in all", 1e-6, 1
+    )
     compare: str = option("", "eval: a second model, or run, on the same problems")
     rollout_tokens: int = option(32768, "sampling: cells of key/value cache at a time", low=1)
     update_tokens: int = option(8192, "update: tokens of one pass, with padding", low=1)
@@ -408,9 +411,10 @@ def agree(a: Node, b: Node, work: Work) -> bool:
 
 # --- 4. Rewards -----------------------------------------------------------------------------------
 # For A*-PO alone the reward is `verify(response, answer)`, 1 or 0, and that is all. A dialogue in
-# PAG's manner has one more thing to read off a text: the verdict of the turn that checks. We take
-# the final sentence only, in exactly the words that the prompt asks for. A check that wanders on
-# after its verdict, or hedges it, has given none: None earns no reward and counts as a miss.
+# PAG's manner (section 9) has one more thing to read off a text: the verdict of the turn that checks.
+# We take the end of the text only, in the words that the prompt asks for ("So" may come before
+# them). A check that wanders on after its verdict has given none: None earns no reward and counts
+# as a miss.
 VERDICT = re.compile(
     r"""(?:^|[.!?:;,\n"'*]\s*)(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
     r"""the\ answer\ is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"'\s]*$""",
@@ -455,7 +459,7 @@ def dialogue_rewards(
 # conversation as one text with markers in it, written by the tokenizer's chat template:
 #
 #     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the math ...
-#      \--------- prompt --------------------------/\-- y1 -----/\--- bridge ------ ...
+#      \--------- prompt --------------------------/\----- y1 -----/\--- bridge ------ ...
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
@@ -563,8 +567,8 @@ def freeze(policy: Policy) -> Policy:
 # or top-p: equation (6) speaks about the policy itself, not about a sharpened cousin of it. It is
 # also where the time goes. Four things make it fast, each of them exact:
 #
-# * a *cache* of keys and values, so that each new token costs one token's work. A dialogue keeps
-#   its cache from turn to turn: the next turn reads the bridge, not the whole conversation again;
+# * a *cache* of keys and values, so that each new token costs one token's work. A dialogue of
+#   several turns (section 9) keeps its cache: a turn reads the bridge, not everything again;
 # * many rows at once. Rows differ in length, so the cache has holes; a mask says which cells are
 #   real, and the position of a token counts only the real ones before it;
 # * a row that has ended is taken out (*parked*) and put back for the next turn. Responses differ
@@ -579,8 +583,8 @@ def freeze(policy: Policy) -> Policy:
 def uniform(*counters: Any) -> np.ndarray:
     """Uniform numbers in [0, 1), a pure function of integer counters (arrays are broadcast).
 
-    Each counter is folded in with splitmix64's mixing steps (Steele et al. 2014). 32 bits are
-    kept: every u is exact in float64 and below 1 also after rounding.
+    Each counter is folded in with splitmix64's mixing steps (Steele et al. 2014). Only 32 bits are
+    kept: float64 has 53, so that `pick` can multiply u by a sum without rounding it up to the sum.
 
     >>> bool(uniform(0, 1, 2) == uniform(0, 1, 2)), uniform(0, np.arange(6)[:, None], [0, 1]).shape
     (True, (6, 2))
@@ -770,12 +774,13 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 # What does V^* do here? Take the gradient of (6) for a response that the policy drew itself,
 #     2 * beta2 * ( beta2 * log(pi/pi_ref) - r + V^* ) * grad log pi(y|x),
 # and average over y ~ pi. V^* does not depend on y, and the average of grad log pi is zero: V^*
-# drops out. On-policy it is a *baseline*. Any V that ignores the tokens it is subtracted for leaves
-# the same optimum, pi_ref * exp(r/beta2) / Z; a good one takes variance away: a response with
-# r = V^* teaches nothing. That is why beta1 may differ from beta2, why the bias of (5) with N = 8
-# does no harm, and why a value pooled over problems can stand in for a missing one. It would NOT be
-# so off-policy: fit (6) to a fixed set of responses and a wrong V gives a wrong policy. The tests
-# show both on a policy so small that all its responses can be listed.
+# drops out. What is left is -2 * beta2 times the gradient of (1) with beta = beta2: on-policy the
+# regression is a policy gradient, and V^* its *baseline*. Any V that ignores the tokens it is
+# subtracted for leaves the same optimum, pi_ref * exp(r/beta2) / Z; a good one takes variance away:
+# near pi_ref, a response with r = V^* teaches nothing. That is why beta1 may differ from beta2, why
+# the bias of (5) with N = 8 does no harm, and why a value pooled over problems can stand in for a
+# missing one. It would NOT be so off-policy: fit (6) to a fixed set of responses and a wrong V gives
+# a wrong policy. The tests show both on a policy so small that all its responses can be listed.
 #
 # The log-probability of a response is the sum over its tokens, up to and including the token that
 # ends it. The sum, not the mean: (6) speaks of pi(y|x). What we said to the model (prompts,
@@ -832,13 +837,14 @@ def token_logps(
 # --- 9. PAG: solve, verify, revise ----------------------------------------------------------------
 # So far a response was all that happened to a problem. PAG makes a dialogue of up to three turns,
 # all played by the same policy: it solves; we ask it to check its solution; if its verdict is
-# "wrong" we ask it to try again. The order matters: a model that is always asked to revise learns
-# not to make mistakes it could mend, or to write the same thing twice (the *collapse* that the
-# paper describes); one that revises only what it has judged wrong must learn to judge.
+# "wrong" we ask it to try again. The "if" matters: a model that is always asked to revise learns to
+# give its best answer at once and then to repeat it (the *collapse* that the paper describes); one
+# that revises only what it has judged wrong must learn to judge.
 #
 # For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward is
-# its own (section 4), its V^* is that of the problem and its *role*: being right at solving and
-# being right about a solution are different things with different averages.
+# its own (section 4). Its V^* is that of the problem and its *role*: to solve and to judge earn
+# different rewards on average. (The dialogue so far would have a V* of its own, but nobody has N
+# samples of it. It was fixed before the turn began, so section 8 holds with the coarser value too.)
 ROLES = ("solve", "verify", "revise")
 
 
@@ -997,8 +1003,8 @@ Baselines = dict[tuple[int, str], float]  # (problem index, role) -> V^*, in uni
 def baselines(dialogues: Iterable[Dialogue], config: Config) -> Baselines:
     """V^* of every (problem, role) from the reference's dialogues.
 
-    --baseline mean takes the mean reward, --baseline zero takes 0: both are right on-policy, and
-    the authors' code has both. See how much slower they learn.
+    --baseline mean takes the mean reward, --baseline zero takes 0: both are right on-policy
+    (section 8), and the authors' code has both. Try how fast they learn.
     """
     rewards: dict[tuple[int, str], list[float]] = defaultdict(list)
     for dialogue in dialogues:
@@ -1113,8 +1119,8 @@ def train_step(
 ) -> dict[str, float | None]:
     """Stage 2, one step (from 0): ONE dialogue a problem, one update. Returns the step's metrics.
 
-    With --minibatches M the dialogues are learned from in M updates; from the second on they come
-    from a policy that is M - 1 updates old: the paper does that, we by default do not.
+    --minibatches M spreads the dialogues over M updates; those of update k come from a policy that
+    is k - 1 updates old by then: the paper does that (M = 2), we by default do not.
     """
     started = time.perf_counter()
     optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
