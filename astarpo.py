@@ -2175,7 +2175,7 @@ def show(value: float | None, digits: int = 3) -> str:
 
 def recent_kl(history: Sequence[dict[str, Any]]) -> float:
     """KL to the reference, in nats a turn: the mean over the last five training batches."""
-    return mean(metrics["kl"] for metrics in history[-5:]) or 0.0
+    return mean(m["kl"] for m in history[-5:] if m["kl"] is not None) or 0.0
 
 
 def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
@@ -2629,7 +2629,7 @@ def training_facts(history: Sequence[dict[str, Any]], config: Config) -> dict[st
 
 def stop_if_sick(history: Sequence[dict[str, Any]]) -> None:
     """Raise RunError if no update was possible for some steps."""
-    if len(history) >= WINDOW and all(metrics["skipped"] for metrics in history[-WINDOW:]):
+    if len(history) >= WINDOW and all(m["skipped"] == 1 for m in history[-WINDOW:]):
         raise RunError(
             f"no finite loss and gradient in {WINDOW} steps running, so the run stops; checkpoint/ "
             "is the model after its last good update. Lower --lr, or use --dtype float32"
