@@ -103,6 +103,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     DynamicCache,
@@ -193,20 +194,16 @@ class Problem:
     subject: str = ""
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order in which epoch `epoch` visits n problems: the same for the same seed, always."""
-    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
-
-
 def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
     """The `size` problems of update `step` (from 0), walking through reshuffled epochs.
 
     >>> [p.index for p in batch_of_step([Problem(i, "", "") for i in range(3)], 1, 2, seed=0)]
     [1, 2]
     """
-    n, first = len(problems), step * size
-    places = ((first + i) // n for i in range(size))
-    return [problems[epoch_order(n, seed, e)[(first + i) % n]] for i, e in enumerate(places)]
+    n, places = len(problems), range(step * size, (step + 1) * size)
+    epochs = {place // n for place in places}
+    order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs}
+    return [problems[order[place // n][place % n]] for place in places]
 
 
 # --- 3. Answers: what did the model say, and is it what the book says? -----------------------------
@@ -497,18 +494,15 @@ class Policy:
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The first request, up to where the model's first response begins."""
-        return encode(self.tokenizer, render(self.tokenizer, [solve_request(problem)]))
+        request = SOLVE_PROMPT.replace("{problem}", problem.problem)
+        messages = [{"role": "user", "content": request}]
+        return encode(self.tokenizer, render(self.tokenizer, messages))
 
     def bridge_ids(self, request: str, ended: bool) -> list[int]:
         """The ids between a response and the next one. A response that was cut off (not `ended`)
         lacks its end token; then the bridge begins with it, forced and never scored."""
         ids = encode(self.tokenizer, bridge_text(self.tokenizer, request))
         return ids[1:] if ended and ids[0] in self.end_ids else ids
-
-
-def solve_request(problem: Problem) -> dict[str, str]:
-    """The message that asks for a solution."""
-    return {"role": "user", "content": SOLVE_PROMPT.replace("{problem}", problem.problem)}
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -870,6 +864,7 @@ class Dialogue:
     problem: Problem
     ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    sample: int = 0  # tells the dialogues about one problem apart
     read: int = 0  # how many of the ids the model's memory has read
 
     @property
@@ -894,12 +889,12 @@ def take_turn(
     policy: Policy,
     dialogues: Sequence[Dialogue],
     memory: Memory,
-    requests: Sequence[list[int]],
     role: str,
     u: np.ndarray,
     temperature: float,
 ) -> Memory:
     """Let the policy write one turn of every dialogue. Returns the memory, which has read it."""
+    requests = [next_request(policy, dialogue, role) for dialogue in dialogues]
     # The last token of the turn before has been written but not read yet: it goes first.
     unread = [d.ids[d.read :] + request for d, request in zip(dialogues, requests)]
     responses, memory = respond(policy, memory, unread, u, temperature)
@@ -919,39 +914,28 @@ def take_turn(
 
 
 def play(
-    policy: Policy,
-    problems: Sequence[Problem],
-    samples: Sequence[int],
-    config: Config,
-    step: int,
-    temperature: float,
-) -> list[Dialogue]:
-    """One batch of whole dialogues; samples[i] numbers repeated dialogues about one problem.
+    policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int, temperature: float
+) -> None:
+    """Play new dialogues to their end, all at once, and pay them.
 
-    Without a verdict the dialogue goes on to a revision, as if the verdict were "wrong", here and
-    in evaluation alike.
+    Without a verdict a dialogue goes on to a revision, as if the verdict were "wrong", here and in
+    evaluation alike.
     """
-    dialogues = [Dialogue(problem) for problem in problems]
-    talking = list(range(len(problems)))  # the dialogues that go on
-    memory = Memory(len(problems), policy.device)
-    roles = ["solve"] + ["verify", "revise"] * config.revisions
-    for number, role in enumerate(roles):
+    active = list(dialogues)
+    memory = Memory(len(active), policy.device)
+    for number, role in enumerate(["solve"] + ["verify", "revise"] * config.revisions):
         if role == "revise":
-            talking_on = [dialogues[i].turns[-1].verdict is not True for i in talking]
-            memory = memory.select(torch.tensor(talking_on, device=policy.device))
-            talking = [i for i, goes_on in zip(talking, talking_on) if goes_on]
-        if not talking:
+            goes_on = [dialogue.turns[-1].verdict is not True for dialogue in active]
+            memory = memory.select(torch.tensor(goes_on, device=policy.device))
+            active = [*itertools.compress(active, goes_on)]
+        if not active:
             break
-        active = [dialogues[i] for i in talking]
-        requests = [next_request(policy, dialogue, role) for dialogue in active]
-        index = np.array([dialogue.problem.index for dialogue in active])[:, None]
-        sample = np.array([samples[i] for i in talking])[:, None]
+        index, sample = np.array([(d.problem.index, d.sample) for d in active]).T[:, :, None]
         places = np.arange(config.max_new_tokens)
         u = uniform(config.seed, step, index, sample, number, places).reshape(len(active), -1)
-        memory = take_turn(policy, active, memory, requests, role, u, temperature)
+        memory = take_turn(policy, active, memory, role, u, temperature)
     for dialogue in dialogues:
         dialogue.pay(config.alpha)
-    return dialogues
 
 
 def next_request(policy: Policy, dialogue: Dialogue, role: str) -> list[int]:
@@ -973,20 +957,18 @@ def rollout(
 ) -> list[Dialogue]:
     """Dialogues about all problems, in their order, played in batches within the token budget.
 
-    step: which rollout this is, for the random numbers (0: stage 1; k: update k; -1: evaluation).
+    step: which rollout this is, for the random numbers (0: stage 1; k: update k; -1: evaluation);
+    samples[i] numbers repeated dialogues about one problem.
     label: name of the progress bar, if there shall be one.
     """
-    samples = [0] * len(problems) if samples is None else samples
     temperature = config.temperature if temperature is None else temperature
+    samples = itertools.repeat(0) if samples is None else samples
+    dialogues = [Dialogue(problem, sample=sample) for problem, sample in zip(problems, samples)]
     longest = (1 + 2 * config.revisions) * config.max_new_tokens
     lengths = [len(policy.prompt_ids(problem)) + longest for problem in problems]
-    dialogues: list[Any] = [None] * len(problems)
     progress = Progress(label, len(problems))
     for batch in token_batches(lengths, config.rollout_tokens):
-        chosen, numbers = [problems[i] for i in batch], [samples[i] for i in batch]
-        played = play(policy, chosen, numbers, config, step, temperature)
-        for i, dialogue in zip(batch, played):
-            dialogues[i] = dialogue
+        play(policy, [dialogues[i] for i in batch], config, step, temperature)
         progress.advance(len(batch))
     return dialogues
 
@@ -1049,13 +1031,11 @@ class Batch:
 def collate(dialogues: Sequence[Dialogue], v_star: Baselines, device: torch.device) -> Batch:
     """One forward pass scores all turns of a dialogue: later turns extend the same ids, so causal
     attention gives each token exactly the context that it was sampled in."""
-    width = max(len(dialogue.ids) for dialogue in dialogues)
-    ids = torch.zeros(len(dialogues), width, dtype=torch.long)
-    mask, scored = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    ids = pad_sequence([torch.tensor(d.ids) for d in dialogues], batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(d.ids) for d in dialogues])[:, None]
+    scored = torch.zeros_like(mask)
     turns, owner = [], []
     for row, dialogue in enumerate(dialogues):
-        ids[row, : len(dialogue.ids)] = torch.tensor(dialogue.ids)
-        mask[row, : len(dialogue.ids)] = True
         for turn in dialogue.turns:
             scored[row, turn.start : turn.end] = True
             owner += [len(turns)] * (turn.end - turn.start)
@@ -2376,25 +2356,22 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
     """The verify turn's confusion on the fixed pool beside the evaluation data (attempts.jsonl);
     None where there is no pool, or no verify turn."""
     pool = load_pool(config) if config.revisions > 0 else []
-    told = [given_attempt(policy, *attempt) for attempt in pool]
+    told = []
+    for problem, text, correct in pool:  # the first turn is somebody's text: re-encoded, not scored
+        prompt = policy.prompt_ids(problem)
+        ids = prompt + encode(policy.tokenizer, text)
+        turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
+        told.append(Dialogue(problem, ids, [turn]))
     lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in told]
     progress = Progress("verifier pool", len(told))
     for batch in token_batches(lengths, config.rollout_tokens):
         chosen = [told[i] for i in batch]
-        requests = [next_request(policy, dialogue, "verify") for dialogue in chosen]
         unused = np.zeros((len(chosen), config.max_new_tokens))  # greedy: no random numbers
         memory = Memory(len(chosen), policy.device)
-        take_turn(policy, chosen, memory, requests, "verify", unused, temperature=0.0)
+        take_turn(policy, chosen, memory, "verify", unused, temperature=0.0)
         progress.advance(len(batch))
     judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
     return confusion(judged, "verifier_pool")
-
-
-def given_attempt(policy: Policy, problem: Problem, text: str, correct: bool) -> Dialogue:
-    """A dialogue whose first turn is somebody's text, not ours (so there are no ids to keep)."""
-    prompt, attempt = policy.prompt_ids(problem), encode(policy.tokenizer, text)
-    turn = Turn("solve", len(prompt), len(prompt + attempt), text, ended=False, correct=correct)
-    return Dialogue(problem, prompt + attempt, [turn])
 
 
 # --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
