@@ -101,17 +101,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import AddedToken
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 
@@ -166,7 +170,7 @@ class Config:
     log_to: str = option("none", "send the metrics to", choices=("none", "tensorboard", "wandb"))
     samples: int = option(1, "eval: dialogues a problem (K)", low=1)
     top_p: float = option(
-        1.0, "eval: sample from the likeliest tokens of this probability in all", 1e-6, 1
+        1.0, "eval: sample from the likeliest tokens that hold this share", 1e-6, 1
     )
     compare: str = option("", "eval: a second model, or run, on the same problems")
     rollout_tokens: int = option(32768, "sampling: cells of key/value cache at a time", low=1)
@@ -408,10 +412,10 @@ def agree(a: Node, b: Node, work: Work) -> bool:
 
 # --- 4. Rewards -----------------------------------------------------------------------------------
 # For A*-PO alone the reward is `verify(response, answer)`, 1 or 0, and that is all. A dialogue in
-# PAG's manner (section 9) has one more thing to read off a text: the verdict of the turn that checks.
-# We take the end of the text only, in the words that the prompt asks for ("So" may come before
-# them). A check that wanders on after its verdict has given none: None earns no reward and counts
-# as a miss.
+# PAG's manner (section 9) has one more thing to read off a text: the verdict of the turn that
+# checks. We take the end of the text only, in the words that the prompt asks for ("So" may come
+# before them). A check that wanders on after its verdict has given none: None earns no reward and
+# counts as a miss.
 VERDICT = re.compile(
     r"""(?:^|[.!?:;,\n"'*]\s*)(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
     r"""the\ answer\ is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"'\s]*$""",
@@ -773,8 +777,9 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 # subtracted for leaves the same optimum, pi_ref * exp(r/beta2) / Z; a good one takes variance away:
 # near pi_ref, a response with r = V^* teaches nothing. That is why beta1 may differ from beta2, why
 # the bias of (5) with N = 8 does no harm, and why a value pooled over problems can stand in for a
-# missing one. It would NOT be so off-policy: fit (6) to a fixed set of responses and a wrong V gives
-# a wrong policy. The tests show both on a policy so small that all its responses can be listed.
+# missing one. It would NOT be so off-policy: fit (6) to a fixed set of responses and a wrong V
+# gives a wrong policy. The tests show both on a policy so small that all its responses can be
+# listed.
 #
 # The log-probability of a response is the sum over its tokens, up to and including the token that
 # ends it. The sum, not the mean: (6) speaks of pi(y|x). What we said to the model (prompts,
@@ -835,8 +840,8 @@ def token_logps(
 # give its best answer at once and then to repeat it (the *collapse* that the paper describes); one
 # that revises only what it has judged wrong must learn to judge.
 #
-# For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward is
-# its own (section 4). Its V^* is that of the problem and its *role*: to solve and to judge earn
+# For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward
+# is its own (section 4). Its V^* is that of the problem and its *role*: to solve and to judge earn
 # different rewards on average. (The dialogue so far would have a V* of its own, but nobody has N
 # samples of it. It was fixed before the turn began, so section 8 holds with the coarser value too.)
 ROLES = ("solve", "verify", "revise")
@@ -982,7 +987,7 @@ def rollout(
 Baselines = dict[tuple[int, str], float]  # (problem index, role) -> V^*, in units of reward
 
 
-def baselines(dialogues: Iterable[Dialogue], config: Config) -> Baselines:
+def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
     """V^* of every (problem, role) from the reference's dialogues.
 
     --baseline mean takes the mean reward, --baseline zero takes 0: both are right on-policy
@@ -991,8 +996,8 @@ def baselines(dialogues: Iterable[Dialogue], config: Config) -> Baselines:
     rewards: dict[tuple[int, str], list[float]] = defaultdict(list)
     for dialogue in dialogues:
         for turn in dialogue.turns:
-            rewards[dialogue.problem.index, turn.role].append(turn.reward)
-            rewards[-1, turn.role].append(turn.reward)
+            for index in (dialogue.problem.index, -1):  # -1: all problems together
+                rewards[index, turn.role].append(turn.reward)
 
     def value(samples: list[float]) -> float:
         if config.baseline == "zero":
@@ -1001,10 +1006,9 @@ def baselines(dialogues: Iterable[Dialogue], config: Config) -> Baselines:
             return float(np.mean(samples))
         return estimate_v_star(torch.tensor(samples), config.beta1).item()
 
-    pooled = {role: value(rewards.get((-1, role), [0.0])) for role in ROLES}
     return {
-        (index, role): value(rewards[index, role]) if (index, role) in rewards else pooled[role]
-        for index in {index for index, _ in rewards if index >= 0}
+        (index, role): value(rewards.get((index, role)) or rewards.get((-1, role)) or [0.0])
+        for index in {dialogue.problem.index for dialogue in dialogues}
         for role in ROLES
     }
 
@@ -1127,7 +1131,7 @@ def train(config: Config) -> dict[str, Any]:
     check_context(policy, config)
     problems = load_problems(config.train_data, config.train_limit, policy, config)
     held_out = load_problems(config.eval_data, config.eval_limit, policy, config)
-    folder = new_folder(config.out or f"runs/{timestamp()}")
+    folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     send = number_sink(config, folder)
     write_json(folder / "config.json", describe(config, policy))
     said: set[str] = set()  # Part II, F: what was found to hinder learning, each once
@@ -1252,7 +1256,7 @@ def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
     policy = load_policy(config)
     policy.top_p = config.top_p
     problems = load_problems(config.eval_data, config.eval_limit, policy, config)
-    folder = new_folder(config.out or f"runs/{timestamp()}-eval")
+    folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S-eval"))
     summary, dialogues = evaluate_policy(policy, problems, config, temperature)
     if config.compare:
         trained = Path(config.compare, "checkpoint")
@@ -1307,9 +1311,8 @@ class Progress:
             return
         seconds = time.perf_counter() - self.started
         left = seconds / self.done * (self.total - self.done)
-        numbers = "".join(
-            f"{text} {show(metrics[name], 2)} " for name, text in SHOWN.items() if metrics
-        )
+        names = SHOWN.items() if metrics else ()
+        numbers = "".join(f"{text} {show(metrics[name], 2)} " for name, text in names)
         finished = self.done >= self.total
         clock = f"{seconds:.0f} s" if finished else f"{left:.0f} s left"
         line = f"{f'{self.label} {self.done}/{self.total}':<21} {numbers} {clock}"
@@ -1383,9 +1386,6 @@ def open_model(name: str) -> tuple[Any, Any]:
 
     Raises UsageError, in one sentence, for whatever is wrong with it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     path = local(name)
@@ -1404,9 +1404,7 @@ def open_model(name: str) -> tuple[Any, Any]:
         )
     except Exception as error:  # transformers, safetensors and the hub each have their own kinds
         reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        where = (
-            "cannot be loaded" if path.exists() else "is no folder here, nor to be had on the hub"
-        )
+        where = "cannot be loaded" if path.exists() else "is no folder here, nor on the hub"
         raise UsageError(f"--model {name} {where}: {reason}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -1540,17 +1538,10 @@ def check_context(policy: Policy, config: Config) -> None:
 
 def describe(config: Config, policy: Policy) -> dict[str, Any]:
     """What config.json says of a run: every option, and what it ran on."""
-    import transformers
-
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     versions |= {"transformers": transformers.__version__, "numpy": np.__version__}
     weights = weights_hash(policy.model)
     return {**dataclasses.asdict(config), "versions": versions, "weights": weights}
-
-
-def timestamp() -> str:
-    """Now, as part of a folder's name."""
-    return time.strftime("%Y%m%d-%H%M%S")
 
 
 def new_folder(path: str) -> Path:
@@ -1598,20 +1589,17 @@ def save_model(policy: Policy, folder: Path) -> None:
 
 @contextlib.contextmanager
 def saved_at_the_end(policy: Policy, folder: Path) -> Iterator[None]:
-    """Save the policy to folder/checkpoint when the block ends, by Ctrl-C or a RunError too."""
+    """Save the policy to folder/checkpoint when the block ends, by Ctrl-C or an error too."""
     try:
         yield
-    except RunError:
-        save_model(policy, folder / "checkpoint")
-        raise
     except KeyboardInterrupt:
-        save_model(policy, folder / "checkpoint")
         raise RunError(
             f"stopped; the model as it is now lies in {folder}/checkpoint (evaluate it with 'eval "
             f"--model {folder}/checkpoint'); to train again without stage 1: --v-star "
             f"{folder}/v_star.jsonl"
         ) from None
-    save_model(policy, folder / "checkpoint")
+    finally:
+        save_model(policy, folder / "checkpoint")
 
 
 def fingerprint(policy: Policy, problems: Sequence[Problem], config: Config) -> str:
@@ -1635,9 +1623,8 @@ def save_stage_one(path: Path, mark: str, dialogues: Sequence[Dialogue], v_star:
         for problem, seen in samples.items():
             values = {role: v_star[problem.index, role] for role in ROLES}
             row = {"index": problem.index, "problem": problem.problem, "level": problem.level}
-            file.write(
-                json.dumps({**row, "v_star": values, "samples": seen}, ensure_ascii=False) + "\n"
-            )
+            row |= {"v_star": values, "samples": seen}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def load_stage_one(
@@ -1657,12 +1644,12 @@ def load_stage_one(
     dialogues = []
     for problem, row in zip(problems, rows[1:]):
         for sample in row["samples"]:
-            turns = [Turn("solve", 0, 0, "", True, correct=sample["correct"][0])]
-            for k, verdict in enumerate(sample["verdicts"]):
-                turns.append(Turn("verify", 0, 0, "", True, verdict=verdict))
-                if k + 1 < len(sample["correct"]):
-                    turns.append(Turn("revise", 0, 0, "", True, correct=sample["correct"][k + 1]))
-            dialogue = Dialogue(problem, [], turns)
+            dialogue = Dialogue(problem)
+            for k, correct in enumerate(sample["correct"]):
+                role = "revise" if k else "solve"
+                dialogue.turns.append(Turn(role, 0, 0, "", True, correct=correct))
+                for verdict in sample["verdicts"][k : k + 1]:
+                    dialogue.turns.append(Turn("verify", 0, 0, "", True, verdict=verdict))
             dialogue.pay(config.alpha)
             dialogues.append(dialogue)
     return dialogues
@@ -2220,13 +2207,11 @@ def report_evaluation(summary: dict[str, Any]) -> None:
             print(f"  {name:<28}{value if isinstance(value, int) else show(value):>10}")
     if "compare" in summary:
         print(f"\ncompared with {summary['compare']['with']}:")
-    for name in ("acc_t1", "acc_final") if "compare" in summary else ():
-        found = summary["compare"][name]
-        low, high = found["ci"]
-        print(
-            f"  {name:<10}{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}], problems better "
-            f"{found['better']}, worse {found['worse']}, p = {found['p']:.1g}"
-        )
+        for name in ("acc_t1", "acc_final"):
+            found = summary["compare"][name]
+            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(found["difference"], *found["ci"])
+            split = f"problems better {found['better']}, worse {found['worse']}"
+            print(f"  {name:<10}{gain}, {split}, p = {found['p']:.1g}")
 
 
 def print_dialogue(dialogue: Dialogue) -> None:
@@ -2256,10 +2241,8 @@ def wilson(successes: float, n: int) -> list[float]:
     [0.2553, 0.3662]
     """
     z = 1.959964  # the normal distribution has 95 % within +- z
-    centre, spread = (
-        successes + z * z / 2,
-        z * math.sqrt(successes * (1 - successes / n) + z * z / 4),
-    )
+    centre = successes + z * z / 2
+    spread = z * math.sqrt(successes * (1 - successes / n) + z * z / 4)
     return [max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z))]
 
 
@@ -2409,9 +2392,8 @@ def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None
             from torch.utils.tensorboard import SummaryWriter
 
             add = SummaryWriter(str(folder)).add_scalar
-            numeric = (int, float)
             return lambda numbers: [
-                add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, numeric)
+                add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, int | float)
             ]
     except ImportError as error:
         raise UsageError(f"--log-to: {error}; pip install {config.log_to}") from error
@@ -2472,9 +2454,8 @@ def draw_curves(axis: Any, groups: Iterable[Any], metric: str, label: str, colou
         longest = max(len(run["metrics_rows"]) for run in runs)
         steps, curves = range(1, longest + 1), np.ma.masked_all((len(runs), longest))
         for row, run in enumerate(runs):
-            raw = np.array(
-                [step.get(metric) for step in run["metrics_rows"]], float
-            )  # None becomes nan
+            # None becomes nan
+            raw = np.array([step.get(metric) for step in run["metrics_rows"]], float)
             axis.plot(steps[: len(raw)], raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
             curves[row, : len(raw)] = smooth(raw, max(3, longest // 10))
         axis.plot(steps, curves.mean(0), style, color=colour, lw=2.5, label=label)
@@ -2522,9 +2503,9 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         for axis in axes[1:4]:
             above = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.98), "frameon": False}
             axis.legend(**above, ncols=2, handlelength=1, columnspacing=1)
-        styles = zip(itertools.cycle(("-", "--", ":", "-.")), groups)
         if len(groups) > 1:
-            lines = [Line2D([], [], color="black", ls=style) for style, _ in styles]
+            styles = itertools.islice(itertools.cycle(("-", "--", ":", "-.")), len(groups))
+            lines = [Line2D([], [], color="black", ls=style) for style in styles]
             figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
         draw_v_star(axes[5], itertools.chain(*groups.values()))
         figure.savefig(out)
@@ -2578,11 +2559,9 @@ def explain(facts: dict[str, Any], said: set[str]) -> None:
         if sentence not in said and shown(known):
             said.add(sentence)
             text = "! " + " ".join(sentence.format_map(known).split())
+            text = textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False)
             live = sys.stdout.isatty()  # there the progress bar's line is still open
-            print(
-                "\n" * live
-                + textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False)
-            )
+            print("\n" * live + text)
 
 
 def stage_one_facts(dialogues: Sequence[Dialogue], config: Config) -> dict[str, Any]:
@@ -3090,10 +3069,10 @@ def solve(config: Config, problem: str) -> Dialogue:
     return dialogue
 
 
-def add_options(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Options from the fields of Config: their names, types, defaults and help."""
     for item in dataclasses.fields(Config):
-        if names is None or item.name in names:
+        if item.name in names:
             flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
             if item.type == "bool":
                 kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
@@ -3117,10 +3096,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     evaluation = commands.add_parser("eval", help="evaluate a model on held-out problems")
     solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
     solving.add_argument("problem", help="the problem's text, in quotes")
-    for command in (evaluation, solving):
-        add_options(command, EVAL_OPTIONS)
-    add_options(evaluation, EVAL_ONLY)
-    for command in (evaluation, solving):
+    for command, names in ((evaluation, EVAL_OPTIONS + EVAL_ONLY), (solving, EVAL_OPTIONS)):
+        add_options(command, names)
         command.set_defaults(model="", temperature=0.0, eval_limit=0)
     plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
     plotting.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
@@ -3141,13 +3118,13 @@ def run_command(options: argparse.Namespace) -> None:
         return pretrain(Path(options.folder), options.seed)
     if options.command == "plot":
         return plot([Path(run) for run in options.runs], Path(options.out))
-    names = [item.name for item in dataclasses.fields(Config) if hasattr(options, item.name)]
-    config = Config(**{name: getattr(options, name) for name in names})
+    names = {item.name for item in dataclasses.fields(Config)}
+    config = Config(**{k: value for k, value in vars(options).items() if k in names})
+    if options.command != "train":
+        config.model = config.model or newest_model()
     if options.command == "train":
         train(config)
-        return None
-    config.model = config.model or newest_model()
-    if options.command == "solve":
+    elif options.command == "solve":
         solve(config, options.problem)
     else:
         evaluate(config, config.temperature)
