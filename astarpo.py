@@ -492,9 +492,8 @@ class Policy:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Compute in self.dtype: float32 weights, so that an update of 1e-6 is not rounded off."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        lower = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=lower)
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The first request, up to where the model's first response begins."""
@@ -642,12 +641,8 @@ class Memory:
         """A memory of some rows alone."""
         part = Memory(0, self.mask.device)
         part.mask = self.mask[rows]
-        part.cache = DynamicCache((k[rows], v[rows]) for k, v in self.layers())
+        part.cache = DynamicCache((la.keys[rows], la.values[rows]) for la in self.cache.layers)
         return part
-
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer."""
-        return [(layer.keys, layer.values) for layer in self.cache.layers]
 
     @staticmethod
     def join(parts: Sequence[Memory], rows: Sequence[Tensor]) -> Memory:
@@ -663,10 +658,11 @@ class Memory:
 
         whole = Memory(0, order.device)
         whole.mask = together((part.mask for part in parts), dim=-1)
-        per_layer = zip(*(part.layers() for part in parts))
         whole.cache = DynamicCache(
-            (together((k for k, _ in kvs), dim=-2), together((v for _, v in kvs), dim=-2))
-            for kvs in map(list, per_layer)
+            tuple(
+                together((getattr(la, name) for la in same), dim=-2) for name in ("keys", "values")
+            )
+            for same in zip(*(part.cache.layers for part in parts))
         )
         return whole
 
@@ -1083,8 +1079,7 @@ def update(
         seen["v_star"] += batch.v_star.sum().item() / n_turns
     seen["entropy"] /= tokens
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-    seen["grad_norm"] = norm.item()
-    seen["lr"] = optimizer.param_groups[0]["lr"]
+    seen |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
     seen["skipped"] = float(not math.isfinite(seen["loss"] + seen["grad_norm"]))
     if not seen["skipped"]:  # one bad batch must not destroy the weights
         optimizer.step()
@@ -1189,10 +1184,10 @@ def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str,
     pairs = list(pairs)
     on_right = mean(verdict is True for verdict, truth in pairs if truth)
     on_wrong = mean(verdict is False for verdict, truth in pairs if not truth)
-    both = on_right is not None and on_wrong is not None
+    recalls = (on_right, on_wrong)
     return {
         f"{name}_acc": mean(verdict == truth for verdict, truth in pairs),
-        f"{name}_balanced_acc": (on_right + on_wrong) / 2 if both else None,
+        f"{name}_balanced_acc": None if None in recalls else mean(recalls),
         f"{name}_recall_right": on_right,
         f"{name}_recall_wrong": on_wrong,
         f"{name}_precision": mean(truth for verdict, truth in pairs if verdict is True),
@@ -1339,9 +1334,7 @@ def check_options(config: Config, training: bool = False) -> None:
     if training and config.temperature == 0:
         raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
     if not training and config.samples > 1 and config.temperature == 0:
-        raise UsageError(
-            "--samples above 1 needs a --temperature above 0: greedy ones are all alike"
-        )
+        raise UsageError("--samples above 1 needs --temperature above 0: greedy ones are all alike")
 
 
 # --- B. Loading and saving ------------------------------------------------------------------------
@@ -1358,10 +1351,8 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
-    if device.startswith("cuda"):
-        number = int(device[5:] or 0)
-        if number >= torch.cuda.device_count():
-            raise UsageError(f"--device {device}: this machine has no such GPU; use --device cpu")
+    if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: this machine has no such GPU; use --device cpu")
     if dtype == "auto":
         bf16 = device != "cpu" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if bf16 else "float32"
@@ -1425,9 +1416,7 @@ def check_head(name: str, model: Any) -> None:
     ids = torch.arange(8)[None]
     apart = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state)
     if not torch.allclose(apart, model(input_ids=ids).logits, atol=1e-4):
-        raise UsageError(
-            f"--model {name}: its logits are not its head's (a soft cap?): unsupported"
-        )
+        raise UsageError(f"--model {name}: its logits are not its head's (a soft cap?)")
 
 
 def weights_hash(model: Any) -> str:
@@ -1638,9 +1627,7 @@ def load_stage_one(
             "--v-star out to run stage 1 again"
         )
     if len(rows) != 1 + len(problems):
-        raise UsageError(
-            f"--v-star {path} is not complete; leave --v-star out to run stage 1 again"
-        )
+        raise UsageError(f"--v-star {path} is not complete; leave it out to run stage 1 again")
     dialogues = []
     for problem, row in zip(problems, rows[1:]):
         for sample in row["samples"]:
@@ -1671,9 +1658,7 @@ def first_stage(
     solved = {d.problem.index for d in dialogues if d.attempts[0].correct}
     kept = [p for p in problems if p.index in solved or not config.drop_unsolved]
     if not kept:
-        raise RunError(
-            "stage 1 solved no problem at all: --drop-unsolved leaves nothing to train on"
-        )
+        raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
     return v_star, kept
 
 
@@ -2178,13 +2163,11 @@ def report_training(
         print(f"  {text:<42}{show(before[name], digits):>8} {show(after[name], digits):>8}")
     print(f"  {'KL to the reference (nats a turn)':<42}{show(0.0):>8} {show(summary['kl']):>8}")
     print(f"  revisions after training: {after['fixed']} mended, {after['broken']} broken")
-    for old, now in zip(base, new):
-        if not old.attempts[-1].correct:
-            print("\nThe first held-out problem that the base got wrong, before training:")
-            print_dialogue(old)
-            print("and after:")
-            print_dialogue(now)
-            break
+    for old, now in [pair for pair in zip(base, new) if not pair[0].attempts[-1].correct][:1]:
+        print("\nThe first held-out problem that the base got wrong, before training:")
+        print_dialogue(old)
+        print("and after:")
+        print_dialogue(now)
 
 
 def report_evaluation(summary: dict[str, Any]) -> None:
