@@ -1509,7 +1509,10 @@ def load_pool(config: Config) -> list[tuple[Problem, str, bool]]:
     if not local(config.eval_data).is_file() or not path.is_file():
         return []
     rows = list(read_jsonl(path))[: config.eval_limit or None]
-    return [(to_problem(row, -1, place), row["attempt"], row["correct"]) for place, row in rows]
+    try:
+        return [(to_problem(row, -1, place), row["attempt"], row["correct"]) for place, row in rows]
+    except KeyError as error:
+        raise UsageError(f"{path}: a line lacks {error}") from error
 
 
 def check_context(policy: Policy, config: Config) -> None:
@@ -3121,6 +3124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_command(options)
     except UsageError as error:
         status, message = 2, str(error)
+    except ImportError as error:  # matplotlib, for 'plot'
+        status, message = 2, f"{error}; pip install {error.name}"
     except (RunError, OSError) as error:  # OSError: a full disk, say
         status, message = 1, str(error)
     except KeyboardInterrupt:
