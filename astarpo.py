@@ -217,13 +217,11 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 # is all it does. So wherever we do not understand a text, or would have to choose between two
 # readings (is 1/2x the half of x?), the answer is an honest False.
 #
-# Meanings are compared without a computer-algebra system: first structure (tuple against tuple,
-# set against set), then values. Rational values are exact. Roots, pi and their friends carry
-# more than twice as many digits as the answers have characters: n characters cannot spell a
-# number closer to sqrt(2) than about n digits, so no 1.41421356... passes for the root. Each
-# variable gets random numbers of both signs, seeded by the two texts; that two different
-# formulas agree at all points is as good as impossible (Schwartz and Zippel), and nobody can
-# aim at points that move with the aim.
+# Meanings are compared without a computer-algebra system: first structure (tuple against tuple, set
+# against set), then values. Rational values are exact. Roots, pi and their friends carry more than
+# twice as many digits as the answers have characters, so no 1.41421356... passes for sqrt(2). Each
+# variable gets random numbers of both signs, seeded by the two texts: that two different formulas
+# agree at all of them is as good as impossible (Schwartz and Zippel).
 #
 # Promised: fractions, decimals, roots, powers, i, trigonometric and logarithmic values, algebra,
 # equations with terms moved across, inequalities as intervals, tuples, sets, lists, unions,
@@ -231,11 +229,12 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 # decoration. Deliberately not: tolerances (0.33 is not 1/3), unit conversion (5 cm and 5 m are
 # both 5), prose, calculus, factorials, |x|, merging of intervals, tuples as column vectors.
 #
-# Model output is hostile text. The limits bound every loop: whatever the text, a comparison
-# takes milliseconds; there is no eval, no timer, no thread.
+# Model output is hostile text. Limits bound every loop: whatever the text, a comparison takes
+# milliseconds, without eval, timer or thread.
 #
-# Three steps follow: find the answer, clean its spelling, compare. The limits, the table of
-# spellings, and a small parser of the usual kind that computes values are in Part II, C.
+# Three steps follow: find the answer, clean its spelling, compare. The limits, the spellings and a
+# small parser that computes values are in Part II, C. (In a hurry? Trust `verify` and go on to
+# section 4: nothing else of this section is needed later.)
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^]{}]*\]\s*)*|\\.|[{}]", re.DOTALL)
 PHRASE = re.compile(r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|####", re.IGNORECASE)
@@ -1052,7 +1051,7 @@ def update(
     v_star: Baselines,
     config: Config,
 ) -> dict[str, float]:
-    """One step down equation (6), averaged over all turns of all dialogues. Returns what was seen.
+    """One step down (6), the mean over all turns of all dialogues. Returns what was seen.
 
     The dialogues are taken in micro-batches that fit into memory; their gradients add up, each
     weighted by its share of the turns, so that the sum does not depend on how they were cut.
@@ -1248,8 +1247,7 @@ def evaluate_policy(
 def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
     """Evaluate --model on the held-out problems; writes a line a problem and the summary."""
     check_options(config)
-    policy = load_policy(config)
-    policy.top_p = config.top_p
+    policy = dataclasses.replace(load_policy(config), top_p=config.top_p)
     problems = load_problems(config.eval_data, config.eval_limit, policy, config)
     folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S-eval"))
     summary, dialogues = evaluate_policy(policy, problems, config, temperature)
@@ -2300,7 +2298,7 @@ def voting(dialogues: Sequence[Dialogue]) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ..., maj@K and pag@K of K dialogues about each problem."""
     groups = by_problem(dialogues)
     n, right = len(groups[0]), [sum(d.attempts[0].correct for d in group) for group in groups]
-    ks = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+    ks = sorted({2**i for i in range(n.bit_length())} | {n})
     seen = {f"pass@{k}": mean(pass_at_k(n, c, k) for c in right) for k in ks}
     plain = [majority(d.attempts[0].answer for d in group) for group in groups]
     for name, votes in (("maj", plain), ("pag", map(accepted_majority, groups))):
@@ -2356,8 +2354,7 @@ def check_in(
 ) -> dict[str, Any]:
     """--eval-every: a line of eval.jsonl; best/ is the model of the best acc_final so far."""
     summary, _ = evaluate_policy(policy, held_out, config)
-    first, final = show(summary["acc_t1"]), show(summary["acc_final"])
-    print(f"after update {step}: acc_t1 {first}, acc_final {final}")
+    print("after step {}: acc_t1 {acc_t1:.3f}, acc_final {acc_final:.3f}".format(step, **summary))
     if all(summary["acc_final"] > seen["acc_final"] for seen in earlier):
         save_model(policy, folder / "best")
     earlier.append({"step": step, **summary})
