@@ -26,9 +26,10 @@ pi* cannot be computed (the sum runs over all responses), but take the logarithm
 
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
-The right side is the *optimal advantage*: how much better this response is than the best policy
-does on average. (That is the A* in the name. It has nothing to do with A* search.) The left side is
-something that our policy can compute for any response. So A*-PO is two stages:
+The right side is the *optimal advantage*: how much better this response is than V*(x), the most
+that (1) can reach, its price included. (That is the A* in the name. It has nothing to do with A*
+search.) The left side is something that our policy can compute for any response. So A*-PO is two
+stages:
 
   Stage 1, once, offline: N = 8 responses a problem from pi_ref, and from their rewards
   (5)  V^*(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
@@ -60,7 +61,7 @@ appendix: what the lesson needs around it.
 
   Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
             6 sampling      7 V*          8 the loss  9 PAG's turns
-           10 training     11 evaluation   12 how sure can we be?
+           10 training     11 evaluation
   Part II   A errors and progress   B loading and saving   C the algebra of answers
             D the report            E how sure can we be?  F watching a run
             G our own problems      H the base model       I the command line
@@ -100,16 +101,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import AddedToken
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 
@@ -121,7 +127,7 @@ HERE = Path(__file__).resolve().parent
 # Every number that a run depends on is a field of Config: the command line, its help and a run's
 # config.json are all made from this one list. Where the papers give a value, it is the default. The
 # exceptions are the sizes (steps, batch, lengths, learning rate), which fit the small base model
-# that comes with this file; the README gives those for a real one.
+# that comes with this file (the README gives those for a real one), and `minibatches`.
 
 
 def option(
@@ -145,7 +151,7 @@ class Config:
     batch_size: int = option(64, "stage 2: problems a batch, one dialogue each", low=1)
     minibatches: int = option(1, "updates a batch; more than 1 is off-policy (paper: 2)", low=1)
     lr: float = option(3e-4, "AdamW's learning rate after warm-up", high=1)
-    warmup: int = option(3, "updates over which the learning rate rises to --lr")
+    warmup: int = option(3, "steps over which the learning rate rises to --lr")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", low=1e-9)
     beta1: float = option(0.5, "temperature of V* in (5), in units of reward", low=1e-6)
     beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", low=1e-9)
@@ -160,10 +166,12 @@ class Config:
     temperature: float = option(1.0, "sampling temperature; 0 is greedy (eval only)", high=100)
     train_limit: int = option(256, "use the first so many training problems (0: all)")
     eval_limit: int = option(500, "evaluate on the first so many held-out problems (0: all)")
-    eval_every: int = option(0, "evaluate every so many updates and keep the best model (0: never)")
+    eval_every: int = option(0, "evaluate every so many steps and keep the best model (0: never)")
     log_to: str = option("none", "send the metrics to", choices=("none", "tensorboard", "wandb"))
     samples: int = option(1, "eval: dialogues a problem (K)", low=1)
-    top_p: float = option(1.0, "eval: sample from the likeliest tokens, so much in all", 1e-6, 1)
+    top_p: float = option(
+        1.0, "eval: sample from the likeliest tokens that hold this share", 1e-6, 1
+    )
     compare: str = option("", "eval: a second model, or run, on the same problems")
     rollout_tokens: int = option(32768, "sampling: cells of key/value cache at a time", low=1)
     update_tokens: int = option(8192, "update: tokens of one pass, with padding", low=1)
@@ -190,20 +198,16 @@ class Problem:
     subject: str = ""
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order in which epoch `epoch` visits n problems: the same for the same seed, always."""
-    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
-
-
 def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
     """The `size` problems of update `step` (from 0), walking through reshuffled epochs.
 
     >>> [p.index for p in batch_of_step([Problem(i, "", "") for i in range(3)], 1, 2, seed=0)]
     [1, 2]
     """
-    n, first = len(problems), step * size
-    places = ((first + i) // n for i in range(size))
-    return [problems[epoch_order(n, seed, e)[(first + i) % n]] for i, e in enumerate(places)]
+    n, places = len(problems), range(step * size, (step + 1) * size)
+    epochs = {place // n for place in places}
+    order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs}
+    return [problems[order[place // n][place % n]] for place in places]
 
 
 # --- 3. Answers: what did the model say, and is it what the book says? -----------------------------
@@ -213,13 +217,11 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 # is all it does. So wherever we do not understand a text, or would have to choose between two
 # readings (is 1/2x the half of x?), the answer is an honest False.
 #
-# Meanings are compared without a computer-algebra system: first structure (tuple against tuple,
-# set against set), then values. Rational values are exact. Roots, pi and their friends carry
-# more than twice as many digits as the answers have characters: n characters cannot spell a
-# number closer to sqrt(2) than about n digits, so no 1.41421356... passes for the root. Each
-# variable gets random numbers of both signs, seeded by the two texts; that two different
-# formulas agree at all points is as good as impossible (Schwartz and Zippel), and nobody can
-# aim at points that move with the aim.
+# Meanings are compared without a computer-algebra system: first structure (tuple against tuple, set
+# against set), then values. Rational values are exact. Roots, pi and their friends carry more than
+# twice as many digits as the answers have characters, so no 1.41421356... passes for sqrt(2). Each
+# variable gets random numbers of both signs, seeded by the two texts: that two different formulas
+# agree at all of them is as good as impossible (Schwartz and Zippel).
 #
 # Promised: fractions, decimals, roots, powers, i, trigonometric and logarithmic values, algebra,
 # equations with terms moved across, inequalities as intervals, tuples, sets, lists, unions,
@@ -227,11 +229,12 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 # decoration. Deliberately not: tolerances (0.33 is not 1/3), unit conversion (5 cm and 5 m are
 # both 5), prose, calculus, factorials, |x|, merging of intervals, tuples as column vectors.
 #
-# Model output is hostile text. The limits bound every loop: whatever the text, a comparison
-# takes milliseconds; there is no eval, no timer, no thread.
+# Model output is hostile text. Limits bound every loop: whatever the text, a comparison takes
+# milliseconds, without eval, timer or thread.
 #
-# Three steps follow: find the answer, clean its spelling, compare. The limits, the table of
-# spellings, and a small parser of the usual kind that computes values are in Part II, C.
+# Three steps follow: find the answer, clean its spelling, compare. The limits, the spellings and a
+# small parser that computes values are in Part II, C. (In a hurry? Trust `verify` and go on to
+# section 4: nothing else of this section is needed later.)
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^]{}]*\]\s*)*|\\.|[{}]", re.DOTALL)
 PHRASE = re.compile(r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|####", re.IGNORECASE)
@@ -408,9 +411,10 @@ def agree(a: Node, b: Node, work: Work) -> bool:
 
 # --- 4. Rewards -----------------------------------------------------------------------------------
 # For A*-PO alone the reward is `verify(response, answer)`, 1 or 0, and that is all. A dialogue in
-# PAG's manner has one more thing to read off a text: the verdict of the turn that checks. We take
-# the final sentence only, in exactly the words that the prompt asks for. A check that wanders on
-# after its verdict, or hedges it, has given none: None earns no reward and counts as a miss.
+# PAG's manner (section 9) has one more thing to read off a text: the verdict of the turn that
+# checks. We take the end of the text only, in the words that the prompt asks for ("So" may come
+# before them). A check that wanders on after its verdict has given none: None earns no reward and
+# counts as a miss.
 VERDICT = re.compile(
     r"""(?:^|[.!?:;,\n"'*]\s*)(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
     r"""the\ answer\ is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"'\s]*$""",
@@ -455,7 +459,7 @@ def dialogue_rewards(
 # conversation as one text with markers in it, written by the tokenizer's chat template:
 #
 #     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the math ...
-#      \--------- prompt --------------------------/\-- y1 -----/\--- bridge ------ ...
+#      \--------- prompt --------------------------/\----- y1 -----/\--- bridge ------ ...
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
@@ -487,24 +491,20 @@ class Policy:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Compute in self.dtype: float32 weights, so that an update of 1e-6 is not rounded off."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        lower = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=lower)
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The first request, up to where the model's first response begins."""
-        return encode(self.tokenizer, render(self.tokenizer, [solve_request(problem)]))
+        request = SOLVE_PROMPT.replace("{problem}", problem.problem)
+        messages = [{"role": "user", "content": request}]
+        return encode(self.tokenizer, render(self.tokenizer, messages))
 
     def bridge_ids(self, request: str, ended: bool) -> list[int]:
         """The ids between a response and the next one. A response that was cut off (not `ended`)
         lacks its end token; then the bridge begins with it, forced and never scored."""
         ids = encode(self.tokenizer, bridge_text(self.tokenizer, request))
         return ids[1:] if ended and ids[0] in self.end_ids else ids
-
-
-def solve_request(problem: Problem) -> dict[str, str]:
-    """The message that asks for a solution."""
-    return {"role": "user", "content": SOLVE_PROMPT.replace("{problem}", problem.problem)}
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -563,8 +563,8 @@ def freeze(policy: Policy) -> Policy:
 # or top-p: equation (6) speaks about the policy itself, not about a sharpened cousin of it. It is
 # also where the time goes. Four things make it fast, each of them exact:
 #
-# * a *cache* of keys and values, so that each new token costs one token's work. A dialogue keeps
-#   its cache from turn to turn: the next turn reads the bridge, not the whole conversation again;
+# * a *cache* of keys and values, so that each new token costs one token's work. A dialogue of
+#   several turns (section 9) keeps its cache: a turn reads the bridge, not everything again;
 # * many rows at once. Rows differ in length, so the cache has holes; a mask says which cells are
 #   real, and the position of a token counts only the real ones before it;
 # * a row that has ended is taken out (*parked*) and put back for the next turn. Responses differ
@@ -579,8 +579,8 @@ def freeze(policy: Policy) -> Policy:
 def uniform(*counters: Any) -> np.ndarray:
     """Uniform numbers in [0, 1), a pure function of integer counters (arrays are broadcast).
 
-    Each counter is folded in with splitmix64's mixing steps (Steele et al. 2014). 32 bits are
-    kept: every u is exact in float64 and below 1 also after rounding.
+    Each counter is folded in with splitmix64's mixing steps (Steele et al. 2014). Only 32 bits are
+    kept: float64 has 53, so that `pick` can multiply u by a sum without rounding it up to the sum.
 
     >>> bool(uniform(0, 1, 2) == uniform(0, 1, 2)), uniform(0, np.arange(6)[:, None], [0, 1]).shape
     (True, (6, 2))
@@ -640,12 +640,8 @@ class Memory:
         """A memory of some rows alone."""
         part = Memory(0, self.mask.device)
         part.mask = self.mask[rows]
-        part.cache = DynamicCache((k[rows], v[rows]) for k, v in self.layers())
+        part.cache = DynamicCache((la.keys[rows], la.values[rows]) for la in self.cache.layers)
         return part
-
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer."""
-        return [(layer.keys, layer.values) for layer in self.cache.layers]
 
     @staticmethod
     def join(parts: Sequence[Memory], rows: Sequence[Tensor]) -> Memory:
@@ -661,10 +657,11 @@ class Memory:
 
         whole = Memory(0, order.device)
         whole.mask = together((part.mask for part in parts), dim=-1)
-        per_layer = zip(*(part.layers() for part in parts))
         whole.cache = DynamicCache(
-            (together((k for k, _ in kvs), dim=-2), together((v for _, v in kvs), dim=-2))
-            for kvs in map(list, per_layer)
+            tuple(
+                together((getattr(la, name) for la in same), dim=-2) for name in ("keys", "values")
+            )
+            for same in zip(*(part.cache.layers for part in parts))
         )
         return whole
 
@@ -770,12 +767,14 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 # What does V^* do here? Take the gradient of (6) for a response that the policy drew itself,
 #     2 * beta2 * ( beta2 * log(pi/pi_ref) - r + V^* ) * grad log pi(y|x),
 # and average over y ~ pi. V^* does not depend on y, and the average of grad log pi is zero: V^*
-# drops out. On-policy it is a *baseline*. Any V that ignores the tokens it is subtracted for leaves
-# the same optimum, pi_ref * exp(r/beta2) / Z; a good one takes variance away: a response with
-# r = V^* teaches nothing. That is why beta1 may differ from beta2, why the bias of (5) with N = 8
-# does no harm, and why a value pooled over problems can stand in for a missing one. It would NOT be
-# so off-policy: fit (6) to a fixed set of responses and a wrong V gives a wrong policy. The tests
-# show both on a policy so small that all its responses can be listed.
+# drops out. What is left is -2 * beta2 times the gradient of (1) with beta = beta2: on-policy the
+# regression is a policy gradient, and V^* its *baseline*. Any V that ignores the tokens it is
+# subtracted for leaves the same optimum, pi_ref * exp(r/beta2) / Z; a good one takes variance away:
+# near pi_ref, a response with r = V^* teaches nothing. That is why beta1 may differ from beta2, why
+# the bias of (5) with N = 8 does no harm, and why a value pooled over problems can stand in for a
+# missing one. It would NOT be so off-policy: fit (6) to a fixed set of responses and a wrong V
+# gives a wrong policy. The tests show both on a policy so small that all its responses can be
+# listed.
 #
 # The log-probability of a response is the sum over its tokens, up to and including the token that
 # ends it. The sum, not the mean: (6) speaks of pi(y|x). What we said to the model (prompts,
@@ -832,13 +831,14 @@ def token_logps(
 # --- 9. PAG: solve, verify, revise ----------------------------------------------------------------
 # So far a response was all that happened to a problem. PAG makes a dialogue of up to three turns,
 # all played by the same policy: it solves; we ask it to check its solution; if its verdict is
-# "wrong" we ask it to try again. The order matters: a model that is always asked to revise learns
-# not to make mistakes it could mend, or to write the same thing twice (the *collapse* that the
-# paper describes); one that revises only what it has judged wrong must learn to judge.
+# "wrong" we ask it to try again. The "if" matters: a model that is always asked to revise learns to
+# give its best answer at once and then to repeat it (the *collapse* that the paper describes); one
+# that revises only what it has judged wrong must learn to judge.
 #
-# For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward is
-# its own (section 4), its V^* is that of the problem and its *role*: being right at solving and
-# being right about a solution are different things with different averages.
+# For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward
+# is its own (section 4). Its V^* is that of the problem and its *role*: to solve and to judge earn
+# different rewards on average. (The dialogue so far would have a V* of its own, but nobody has N
+# samples of it. It was fixed before the turn began, so section 8 holds with the coarser value too.)
 ROLES = ("solve", "verify", "revise")
 
 
@@ -864,6 +864,7 @@ class Dialogue:
     problem: Problem
     ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    sample: int = 0  # tells the dialogues about one problem apart
     read: int = 0  # how many of the ids the model's memory has read
 
     @property
@@ -888,12 +889,12 @@ def take_turn(
     policy: Policy,
     dialogues: Sequence[Dialogue],
     memory: Memory,
-    requests: Sequence[list[int]],
     role: str,
     u: np.ndarray,
     temperature: float,
 ) -> Memory:
     """Let the policy write one turn of every dialogue. Returns the memory, which has read it."""
+    requests = [next_request(policy, dialogue, role) for dialogue in dialogues]
     # The last token of the turn before has been written but not read yet: it goes first.
     unread = [d.ids[d.read :] + request for d, request in zip(dialogues, requests)]
     responses, memory = respond(policy, memory, unread, u, temperature)
@@ -913,39 +914,28 @@ def take_turn(
 
 
 def play(
-    policy: Policy,
-    problems: Sequence[Problem],
-    samples: Sequence[int],
-    config: Config,
-    step: int,
-    temperature: float,
-) -> list[Dialogue]:
-    """One batch of whole dialogues; samples[i] numbers repeated dialogues about one problem.
+    policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int, temperature: float
+) -> None:
+    """Play new dialogues to their end, all at once, and pay them.
 
-    Without a verdict the dialogue goes on to a revision, as if the verdict were "wrong", here and
-    in evaluation alike.
+    Without a verdict a dialogue goes on to a revision, as if the verdict were "wrong", here and in
+    evaluation alike.
     """
-    dialogues = [Dialogue(problem) for problem in problems]
-    talking = list(range(len(problems)))  # the dialogues that go on
-    memory = Memory(len(problems), policy.device)
-    roles = ["solve"] + ["verify", "revise"] * config.revisions
-    for number, role in enumerate(roles):
+    active = list(dialogues)
+    memory = Memory(len(active), policy.device)
+    for number, role in enumerate(["solve"] + ["verify", "revise"] * config.revisions):
         if role == "revise":
-            talking_on = [dialogues[i].turns[-1].verdict is not True for i in talking]
-            memory = memory.select(torch.tensor(talking_on, device=policy.device))
-            talking = [i for i, goes_on in zip(talking, talking_on) if goes_on]
-        if not talking:
+            goes_on = [dialogue.turns[-1].verdict is not True for dialogue in active]
+            memory = memory.select(torch.tensor(goes_on, device=policy.device))
+            active = [*itertools.compress(active, goes_on)]
+        if not active:
             break
-        active = [dialogues[i] for i in talking]
-        requests = [next_request(policy, dialogue, role) for dialogue in active]
-        index = np.array([dialogue.problem.index for dialogue in active])[:, None]
-        sample = np.array([samples[i] for i in talking])[:, None]
+        index, sample = np.array([(d.problem.index, d.sample) for d in active]).T[:, :, None]
         places = np.arange(config.max_new_tokens)
         u = uniform(config.seed, step, index, sample, number, places).reshape(len(active), -1)
-        memory = take_turn(policy, active, memory, requests, role, u, temperature)
+        memory = take_turn(policy, active, memory, role, u, temperature)
     for dialogue in dialogues:
         dialogue.pay(config.alpha)
-    return dialogues
 
 
 def next_request(policy: Policy, dialogue: Dialogue, role: str) -> list[int]:
@@ -967,20 +957,18 @@ def rollout(
 ) -> list[Dialogue]:
     """Dialogues about all problems, in their order, played in batches within the token budget.
 
-    step: which rollout this is, for the random numbers (0: stage 1; k: update k; -1: evaluation).
+    step: which rollout this is, for the random numbers (0: stage 1; k: update k; -1: evaluation);
+    samples[i] numbers repeated dialogues about one problem.
     label: name of the progress bar, if there shall be one.
     """
-    samples = [0] * len(problems) if samples is None else samples
     temperature = config.temperature if temperature is None else temperature
+    samples = itertools.repeat(0) if samples is None else samples
+    dialogues = [Dialogue(problem, sample=sample) for problem, sample in zip(problems, samples)]
     longest = (1 + 2 * config.revisions) * config.max_new_tokens
     lengths = [len(policy.prompt_ids(problem)) + longest for problem in problems]
-    dialogues: list[Any] = [None] * len(problems)
     progress = Progress(label, len(problems))
     for batch in token_batches(lengths, config.rollout_tokens):
-        chosen, numbers = [problems[i] for i in batch], [samples[i] for i in batch]
-        played = play(policy, chosen, numbers, config, step, temperature)
-        for i, dialogue in zip(batch, played):
-            dialogues[i] = dialogue
+        play(policy, [dialogues[i] for i in batch], config, step, temperature)
         progress.advance(len(batch))
     return dialogues
 
@@ -994,17 +982,17 @@ def rollout(
 Baselines = dict[tuple[int, str], float]  # (problem index, role) -> V^*, in units of reward
 
 
-def baselines(dialogues: Iterable[Dialogue], config: Config) -> Baselines:
+def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
     """V^* of every (problem, role) from the reference's dialogues.
 
-    --baseline mean takes the mean reward, --baseline zero takes 0: both are right on-policy, and
-    the authors' code has both. See how much slower they learn.
+    --baseline mean takes the mean reward, --baseline zero takes 0: both are right on-policy
+    (section 8), and the authors' code has both. Try how fast they learn.
     """
     rewards: dict[tuple[int, str], list[float]] = defaultdict(list)
     for dialogue in dialogues:
         for turn in dialogue.turns:
-            rewards[dialogue.problem.index, turn.role].append(turn.reward)
-            rewards[-1, turn.role].append(turn.reward)
+            for index in (dialogue.problem.index, -1):  # -1: all problems together
+                rewards[index, turn.role].append(turn.reward)
 
     def value(samples: list[float]) -> float:
         if config.baseline == "zero":
@@ -1013,10 +1001,9 @@ def baselines(dialogues: Iterable[Dialogue], config: Config) -> Baselines:
             return float(np.mean(samples))
         return estimate_v_star(torch.tensor(samples), config.beta1).item()
 
-    pooled = {role: value(rewards.get((-1, role), [0.0])) for role in ROLES}
     return {
-        (index, role): value(rewards[index, role]) if (index, role) in rewards else pooled[role]
-        for index in {index for index, _ in rewards if index >= 0}
+        (index, role): value(rewards.get((index, role)) or rewards.get((-1, role)) or [0.0])
+        for index in {dialogue.problem.index for dialogue in dialogues}
         for role in ROLES
     }
 
@@ -1043,13 +1030,11 @@ class Batch:
 def collate(dialogues: Sequence[Dialogue], v_star: Baselines, device: torch.device) -> Batch:
     """One forward pass scores all turns of a dialogue: later turns extend the same ids, so causal
     attention gives each token exactly the context that it was sampled in."""
-    width = max(len(dialogue.ids) for dialogue in dialogues)
-    ids = torch.zeros(len(dialogues), width, dtype=torch.long)
-    mask, scored = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    ids = pad_sequence([torch.tensor(d.ids) for d in dialogues], batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(d.ids) for d in dialogues])[:, None]
+    scored = torch.zeros_like(mask)
     turns, owner = [], []
     for row, dialogue in enumerate(dialogues):
-        ids[row, : len(dialogue.ids)] = torch.tensor(dialogue.ids)
-        mask[row, : len(dialogue.ids)] = True
         for turn in dialogue.turns:
             scored[row, turn.start : turn.end] = True
             owner += [len(turns)] * (turn.end - turn.start)
@@ -1066,7 +1051,7 @@ def update(
     v_star: Baselines,
     config: Config,
 ) -> dict[str, float]:
-    """One step down equation (6), averaged over all turns of all dialogues. Returns what was seen.
+    """One step down (6), the mean over all turns of all dialogues. Returns what was seen.
 
     The dialogues are taken in micro-batches that fit into memory; their gradients add up, each
     weighted by its share of the turns, so that the sum does not depend on how they were cut.
@@ -1093,8 +1078,7 @@ def update(
         seen["v_star"] += batch.v_star.sum().item() / n_turns
     seen["entropy"] /= tokens
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-    seen["grad_norm"] = norm.item()
-    seen["lr"] = optimizer.param_groups[0]["lr"]
+    seen |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
     seen["skipped"] = float(not math.isfinite(seen["loss"] + seen["grad_norm"]))
     if not seen["skipped"]:  # one bad batch must not destroy the weights
         optimizer.step()
@@ -1113,8 +1097,8 @@ def train_step(
 ) -> dict[str, float | None]:
     """Stage 2, one step (from 0): ONE dialogue a problem, one update. Returns the step's metrics.
 
-    With --minibatches M the dialogues are learned from in M updates; from the second on they come
-    from a policy that is M - 1 updates old: the paper does that, we by default do not.
+    --minibatches M spreads the dialogues over M updates; those of update k come from a policy that
+    is k - 1 updates old by then: the paper does that (M = 2), we by default do not.
     """
     started = time.perf_counter()
     optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
@@ -1141,7 +1125,7 @@ def train(config: Config) -> dict[str, Any]:
     check_context(policy, config)
     problems = load_problems(config.train_data, config.train_limit, policy, config)
     held_out = load_problems(config.eval_data, config.eval_limit, policy, config)
-    folder = new_folder(config.out or f"runs/{timestamp()}")
+    folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     send = number_sink(config, folder)
     write_json(folder / "config.json", describe(config, policy))
     said: set[str] = set()  # Part II, F: what was found to hinder learning, each once
@@ -1199,10 +1183,10 @@ def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str,
     pairs = list(pairs)
     on_right = mean(verdict is True for verdict, truth in pairs if truth)
     on_wrong = mean(verdict is False for verdict, truth in pairs if not truth)
-    both = on_right is not None and on_wrong is not None
+    recalls = (on_right, on_wrong)
     return {
         f"{name}_acc": mean(verdict == truth for verdict, truth in pairs),
-        f"{name}_balanced_acc": (on_right + on_wrong) / 2 if both else None,
+        f"{name}_balanced_acc": None if None in recalls else mean(recalls),
         f"{name}_recall_right": on_right,
         f"{name}_recall_wrong": on_wrong,
         f"{name}_precision": mean(truth for verdict, truth in pairs if verdict is True),
@@ -1263,10 +1247,9 @@ def evaluate_policy(
 def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
     """Evaluate --model on the held-out problems; writes a line a problem and the summary."""
     check_options(config)
-    policy = load_policy(config)
-    policy.top_p = config.top_p
+    policy = dataclasses.replace(load_policy(config), top_p=config.top_p)
     problems = load_problems(config.eval_data, config.eval_limit, policy, config)
-    folder = new_folder(config.out or f"runs/{timestamp()}-eval")
+    folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S-eval"))
     summary, dialogues = evaluate_policy(policy, problems, config, temperature)
     if config.compare:
         trained = Path(config.compare, "checkpoint")
@@ -1321,9 +1304,8 @@ class Progress:
             return
         seconds = time.perf_counter() - self.started
         left = seconds / self.done * (self.total - self.done)
-        numbers = "".join(
-            f"{text} {show(metrics[name], 2)} " for name, text in SHOWN.items() if metrics
-        )
+        names = SHOWN.items() if metrics else ()
+        numbers = "".join(f"{text} {show(metrics[name], 2)} " for name, text in names)
         finished = self.done >= self.total
         clock = f"{seconds:.0f} s" if finished else f"{left:.0f} s left"
         line = f"{f'{self.label} {self.done}/{self.total}':<21} {numbers} {clock}"
@@ -1350,9 +1332,7 @@ def check_options(config: Config, training: bool = False) -> None:
     if training and config.temperature == 0:
         raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
     if not training and config.samples > 1 and config.temperature == 0:
-        raise UsageError(
-            "--samples above 1 needs a --temperature above 0: greedy ones are all alike"
-        )
+        raise UsageError("--samples above 1 needs --temperature above 0: greedy ones are all alike")
 
 
 # --- B. Loading and saving ------------------------------------------------------------------------
@@ -1369,10 +1349,8 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
-    if device.startswith("cuda"):
-        number = int(device[5:] or 0)
-        if number >= torch.cuda.device_count():
-            raise UsageError(f"--device {device}: this machine has no such GPU; use --device cpu")
+    if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: this machine has no such GPU; use --device cpu")
     if dtype == "auto":
         bf16 = device != "cpu" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if bf16 else "float32"
@@ -1397,9 +1375,6 @@ def open_model(name: str) -> tuple[Any, Any]:
 
     Raises UsageError, in one sentence, for whatever is wrong with it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     path = local(name)
@@ -1418,9 +1393,7 @@ def open_model(name: str) -> tuple[Any, Any]:
         )
     except Exception as error:  # transformers, safetensors and the hub each have their own kinds
         reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        where = (
-            "cannot be loaded" if path.exists() else "is no folder here, nor to be had on the hub"
-        )
+        where = "cannot be loaded" if path.exists() else "is no folder here, nor on the hub"
         raise UsageError(f"--model {name} {where}: {reason}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -1441,9 +1414,7 @@ def check_head(name: str, model: Any) -> None:
     ids = torch.arange(8)[None]
     apart = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state)
     if not torch.allclose(apart, model(input_ids=ids).logits, atol=1e-4):
-        raise UsageError(
-            f"--model {name}: its logits are not its head's (a soft cap?): unsupported"
-        )
+        raise UsageError(f"--model {name}: its logits are not its head's (a soft cap?)")
 
 
 def weights_hash(model: Any) -> str:
@@ -1536,7 +1507,10 @@ def load_pool(config: Config) -> list[tuple[Problem, str, bool]]:
     if not local(config.eval_data).is_file() or not path.is_file():
         return []
     rows = list(read_jsonl(path))[: config.eval_limit or None]
-    return [(to_problem(row, -1, place), row["attempt"], row["correct"]) for place, row in rows]
+    try:
+        return [(to_problem(row, -1, place), row["attempt"], row["correct"]) for place, row in rows]
+    except KeyError as error:
+        raise UsageError(f"{path}: a line lacks {error}") from error
 
 
 def check_context(policy: Policy, config: Config) -> None:
@@ -1554,17 +1528,10 @@ def check_context(policy: Policy, config: Config) -> None:
 
 def describe(config: Config, policy: Policy) -> dict[str, Any]:
     """What config.json says of a run: every option, and what it ran on."""
-    import transformers
-
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     versions |= {"transformers": transformers.__version__, "numpy": np.__version__}
     weights = weights_hash(policy.model)
     return {**dataclasses.asdict(config), "versions": versions, "weights": weights}
-
-
-def timestamp() -> str:
-    """Now, as part of a folder's name."""
-    return time.strftime("%Y%m%d-%H%M%S")
 
 
 def new_folder(path: str) -> Path:
@@ -1612,20 +1579,17 @@ def save_model(policy: Policy, folder: Path) -> None:
 
 @contextlib.contextmanager
 def saved_at_the_end(policy: Policy, folder: Path) -> Iterator[None]:
-    """Save the policy to folder/checkpoint when the block ends, by Ctrl-C or a RunError too."""
+    """Save the policy to folder/checkpoint when the block ends, by Ctrl-C or an error too."""
     try:
         yield
-    except RunError:
-        save_model(policy, folder / "checkpoint")
-        raise
     except KeyboardInterrupt:
-        save_model(policy, folder / "checkpoint")
         raise RunError(
             f"stopped; the model as it is now lies in {folder}/checkpoint (evaluate it with 'eval "
             f"--model {folder}/checkpoint'); to train again without stage 1: --v-star "
             f"{folder}/v_star.jsonl"
         ) from None
-    save_model(policy, folder / "checkpoint")
+    finally:
+        save_model(policy, folder / "checkpoint")
 
 
 def fingerprint(policy: Policy, problems: Sequence[Problem], config: Config) -> str:
@@ -1649,9 +1613,8 @@ def save_stage_one(path: Path, mark: str, dialogues: Sequence[Dialogue], v_star:
         for problem, seen in samples.items():
             values = {role: v_star[problem.index, role] for role in ROLES}
             row = {"index": problem.index, "problem": problem.problem, "level": problem.level}
-            file.write(
-                json.dumps({**row, "v_star": values, "samples": seen}, ensure_ascii=False) + "\n"
-            )
+            row |= {"v_star": values, "samples": seen}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def load_stage_one(
@@ -1665,18 +1628,16 @@ def load_stage_one(
             "--v-star out to run stage 1 again"
         )
     if len(rows) != 1 + len(problems):
-        raise UsageError(
-            f"--v-star {path} is not complete; leave --v-star out to run stage 1 again"
-        )
+        raise UsageError(f"--v-star {path} is not complete; leave it out to run stage 1 again")
     dialogues = []
     for problem, row in zip(problems, rows[1:]):
         for sample in row["samples"]:
-            turns = [Turn("solve", 0, 0, "", True, correct=sample["correct"][0])]
-            for k, verdict in enumerate(sample["verdicts"]):
-                turns.append(Turn("verify", 0, 0, "", True, verdict=verdict))
-                if k + 1 < len(sample["correct"]):
-                    turns.append(Turn("revise", 0, 0, "", True, correct=sample["correct"][k + 1]))
-            dialogue = Dialogue(problem, [], turns)
+            dialogue = Dialogue(problem)
+            for k, correct in enumerate(sample["correct"]):
+                role = "revise" if k else "solve"
+                dialogue.turns.append(Turn(role, 0, 0, "", True, correct=correct))
+                for verdict in sample["verdicts"][k : k + 1]:
+                    dialogue.turns.append(Turn("verify", 0, 0, "", True, verdict=verdict))
             dialogue.pay(config.alpha)
             dialogues.append(dialogue)
     return dialogues
@@ -1698,9 +1659,7 @@ def first_stage(
     solved = {d.problem.index for d in dialogues if d.attempts[0].correct}
     kept = [p for p in problems if p.index in solved or not config.drop_unsolved]
     if not kept:
-        raise RunError(
-            "stage 1 solved no problem at all: --drop-unsolved leaves nothing to train on"
-        )
+        raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
     return v_star, kept
 
 
@@ -2169,7 +2128,7 @@ def show(value: float | None, digits: int = 3) -> str:
 
 def recent_kl(history: Sequence[dict[str, Any]]) -> float:
     """KL to the reference, in nats a turn: the mean over the last five training batches."""
-    return mean(metrics["kl"] for metrics in history[-5:]) or 0.0
+    return mean(m["kl"] for m in history[-5:] if m["kl"] is not None) or 0.0
 
 
 def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
@@ -2207,13 +2166,11 @@ def report_training(
         print(f"  {text:<42}{show(before[name], digits):>8} {show(after[name], digits):>8}")
     print(f"  {'KL to the reference (nats a turn)':<42}{show(0.0):>8} {show(summary['kl']):>8}")
     print(f"  revisions after training: {after['fixed']} mended, {after['broken']} broken")
-    for old, now in zip(base, new):
-        if not old.attempts[-1].correct:
-            print("\nThe first held-out problem that the base got wrong, before training:")
-            print_dialogue(old)
-            print("and after:")
-            print_dialogue(now)
-            break
+    for old, now in [pair for pair in zip(base, new) if not pair[0].attempts[-1].correct][:1]:
+        print("\nThe first held-out problem that the base got wrong, before training:")
+        print_dialogue(old)
+        print("and after:")
+        print_dialogue(now)
 
 
 def report_evaluation(summary: dict[str, Any]) -> None:
@@ -2236,13 +2193,11 @@ def report_evaluation(summary: dict[str, Any]) -> None:
             print(f"  {name:<28}{value if isinstance(value, int) else show(value):>10}")
     if "compare" in summary:
         print(f"\ncompared with {summary['compare']['with']}:")
-    for name in ("acc_t1", "acc_final") if "compare" in summary else ():
-        found = summary["compare"][name]
-        low, high = found["ci"]
-        print(
-            f"  {name:<10}{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}], problems better "
-            f"{found['better']}, worse {found['worse']}, p = {found['p']:.1g}"
-        )
+        for name in ("acc_t1", "acc_final"):
+            found = summary["compare"][name]
+            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(found["difference"], *found["ci"])
+            split = f"problems better {found['better']}, worse {found['worse']}"
+            print(f"  {name:<10}{gain}, {split}, p = {found['p']:.1g}")
 
 
 def print_dialogue(dialogue: Dialogue) -> None:
@@ -2272,10 +2227,8 @@ def wilson(successes: float, n: int) -> list[float]:
     [0.2553, 0.3662]
     """
     z = 1.959964  # the normal distribution has 95 % within +- z
-    centre, spread = (
-        successes + z * z / 2,
-        z * math.sqrt(successes * (1 - successes / n) + z * z / 4),
-    )
+    centre = successes + z * z / 2
+    spread = z * math.sqrt(successes * (1 - successes / n) + z * z / 4)
     return [max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z))]
 
 
@@ -2347,7 +2300,7 @@ def voting(dialogues: Sequence[Dialogue]) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ..., maj@K and pag@K of K dialogues about each problem."""
     groups = by_problem(dialogues)
     n, right = len(groups[0]), [sum(d.attempts[0].correct for d in group) for group in groups]
-    ks = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+    ks = sorted({2**i for i in range(n.bit_length())} | {n})
     seen = {f"pass@{k}": mean(pass_at_k(n, c, k) for c in right) for k in ks}
     plain = [majority(d.attempts[0].answer for d in group) for group in groups]
     for name, votes in (("maj", plain), ("pag", map(accepted_majority, groups))):
@@ -2372,25 +2325,22 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
     """The verify turn's confusion on the fixed pool beside the evaluation data (attempts.jsonl);
     None where there is no pool, or no verify turn."""
     pool = load_pool(config) if config.revisions > 0 else []
-    told = [given_attempt(policy, *attempt) for attempt in pool]
+    told = []
+    for problem, text, correct in pool:  # the first turn is somebody's text: re-encoded, not scored
+        prompt = policy.prompt_ids(problem)
+        ids = prompt + encode(policy.tokenizer, text)
+        turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
+        told.append(Dialogue(problem, ids, [turn]))
     lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in told]
     progress = Progress("verifier pool", len(told))
     for batch in token_batches(lengths, config.rollout_tokens):
         chosen = [told[i] for i in batch]
-        requests = [next_request(policy, dialogue, "verify") for dialogue in chosen]
         unused = np.zeros((len(chosen), config.max_new_tokens))  # greedy: no random numbers
         memory = Memory(len(chosen), policy.device)
-        take_turn(policy, chosen, memory, requests, "verify", unused, temperature=0.0)
+        take_turn(policy, chosen, memory, "verify", unused, temperature=0.0)
         progress.advance(len(batch))
     judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
     return confusion(judged, "verifier_pool")
-
-
-def given_attempt(policy: Policy, problem: Problem, text: str, correct: bool) -> Dialogue:
-    """A dialogue whose first turn is somebody's text, not ours (so there are no ids to keep)."""
-    prompt, attempt = policy.prompt_ids(problem), encode(policy.tokenizer, text)
-    turn = Turn("solve", len(prompt), len(prompt + attempt), text, ended=False, correct=correct)
-    return Dialogue(problem, prompt + attempt, [turn])
 
 
 # --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
@@ -2406,8 +2356,7 @@ def check_in(
 ) -> dict[str, Any]:
     """--eval-every: a line of eval.jsonl; best/ is the model of the best acc_final so far."""
     summary, _ = evaluate_policy(policy, held_out, config)
-    first, final = show(summary["acc_t1"]), show(summary["acc_final"])
-    print(f"after update {step}: acc_t1 {first}, acc_final {final}")
+    print("after step {}: acc_t1 {acc_t1:.3f}, acc_final {acc_final:.3f}".format(step, **summary))
     if all(summary["acc_final"] > seen["acc_final"] for seen in earlier):
         save_model(policy, folder / "best")
     earlier.append({"step": step, **summary})
@@ -2428,9 +2377,8 @@ def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None
             from torch.utils.tensorboard import SummaryWriter
 
             add = SummaryWriter(str(folder)).add_scalar
-            numeric = (int, float)
             return lambda numbers: [
-                add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, numeric)
+                add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, int | float)
             ]
     except ImportError as error:
         raise UsageError(f"--log-to: {error}; pip install {config.log_to}") from error
@@ -2491,9 +2439,8 @@ def draw_curves(axis: Any, groups: Iterable[Any], metric: str, label: str, colou
         longest = max(len(run["metrics_rows"]) for run in runs)
         steps, curves = range(1, longest + 1), np.ma.masked_all((len(runs), longest))
         for row, run in enumerate(runs):
-            raw = np.array(
-                [step.get(metric) for step in run["metrics_rows"]], float
-            )  # None becomes nan
+            # None becomes nan
+            raw = np.array([step.get(metric) for step in run["metrics_rows"]], float)
             axis.plot(steps[: len(raw)], raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
             curves[row, : len(raw)] = smooth(raw, max(3, longest // 10))
         axis.plot(steps, curves.mean(0), style, color=colour, lw=2.5, label=label)
@@ -2541,9 +2488,9 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         for axis in axes[1:4]:
             above = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.98), "frameon": False}
             axis.legend(**above, ncols=2, handlelength=1, columnspacing=1)
-        styles = zip(itertools.cycle(("-", "--", ":", "-.")), groups)
         if len(groups) > 1:
-            lines = [Line2D([], [], color="black", ls=style) for style, _ in styles]
+            styles = itertools.islice(itertools.cycle(("-", "--", ":", "-.")), len(groups))
+            lines = [Line2D([], [], color="black", ls=style) for style in styles]
             figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
         draw_v_star(axes[5], itertools.chain(*groups.values()))
         figure.savefig(out)
@@ -2597,11 +2544,9 @@ def explain(facts: dict[str, Any], said: set[str]) -> None:
         if sentence not in said and shown(known):
             said.add(sentence)
             text = "! " + " ".join(sentence.format_map(known).split())
+            text = textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False)
             live = sys.stdout.isatty()  # there the progress bar's line is still open
-            print(
-                "\n" * live
-                + textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False)
-            )
+            print("\n" * live + text)
 
 
 def stage_one_facts(dialogues: Sequence[Dialogue], config: Config) -> dict[str, Any]:
@@ -2625,7 +2570,7 @@ def training_facts(history: Sequence[dict[str, Any]], config: Config) -> dict[st
 
 def stop_if_sick(history: Sequence[dict[str, Any]]) -> None:
     """Raise RunError if no update was possible for some steps."""
-    if len(history) >= WINDOW and all(metrics["skipped"] for metrics in history[-WINDOW:]):
+    if len(history) >= WINDOW and all(m["skipped"] == 1 for m in history[-WINDOW:]):
         raise RunError(
             f"no finite loss and gradient in {WINDOW} steps running, so the run stops; checkpoint/ "
             "is the model after its last good update. Lower --lr, or use --dtype float32"
@@ -3109,10 +3054,10 @@ def solve(config: Config, problem: str) -> Dialogue:
     return dialogue
 
 
-def add_options(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Options from the fields of Config: their names, types, defaults and help."""
     for item in dataclasses.fields(Config):
-        if names is None or item.name in names:
+        if item.name in names:
             flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
             if item.type == "bool":
                 kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
@@ -3136,10 +3081,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     evaluation = commands.add_parser("eval", help="evaluate a model on held-out problems")
     solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
     solving.add_argument("problem", help="the problem's text, in quotes")
-    for command in (evaluation, solving):
-        add_options(command, EVAL_OPTIONS)
-    add_options(evaluation, EVAL_ONLY)
-    for command in (evaluation, solving):
+    for command, names in ((evaluation, EVAL_OPTIONS + EVAL_ONLY), (solving, EVAL_OPTIONS)):
+        add_options(command, names)
         command.set_defaults(model="", temperature=0.0, eval_limit=0)
     plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
     plotting.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
@@ -3160,13 +3103,13 @@ def run_command(options: argparse.Namespace) -> None:
         return pretrain(Path(options.folder), options.seed)
     if options.command == "plot":
         return plot([Path(run) for run in options.runs], Path(options.out))
-    names = [item.name for item in dataclasses.fields(Config) if hasattr(options, item.name)]
-    config = Config(**{name: getattr(options, name) for name in names})
+    names = {item.name for item in dataclasses.fields(Config)}
+    config = Config(**{k: value for k, value in vars(options).items() if k in names})
+    if options.command != "train":
+        config.model = config.model or newest_model()
     if options.command == "train":
         train(config)
-        return None
-    config.model = config.model or newest_model()
-    if options.command == "solve":
+    elif options.command == "solve":
         solve(config, options.problem)
     else:
         evaluate(config, config.temperature)
@@ -3180,6 +3123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_command(options)
     except UsageError as error:
         status, message = 2, str(error)
+    except ImportError as error:  # matplotlib, for 'plot'
+        status, message = 2, f"{error}; pip install {error.name}"
     except (RunError, OSError) as error:  # OSError: a full disk, say
         status, message = 1, str(error)
     except KeyboardInterrupt:
