@@ -102,6 +102,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.utils import logging as hub_logging
 from tokenizers import AddedToken
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -412,13 +413,13 @@ def agree(a: Node, b: Node, work: Work) -> bool:
 # --- 4. Rewards -----------------------------------------------------------------------------------
 # For A*-PO alone the reward is `verify(response, answer)`, 1 or 0, and that is all. A dialogue in
 # PAG's manner (section 9) has one more thing to read off a text: the verdict of the turn that
-# checks. We take the end of the text only, in the words that the prompt asks for ("So" may come
-# before them). A check that wanders on after its verdict has given none: None earns no reward and
-# counts as a miss.
+# checks. We take the last sentence only, and only in the words that the prompt asks for ("So" may
+# come before them). A check that wanders on after its verdict, or hedges it, has given none: None
+# earns no reward and counts as a miss.
 VERDICT = re.compile(
-    r"""(?:^|[.!?:;,\n"'*]\s*)(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
-    r"""the\ answer\ is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"'\s]*$""",
-    re.IGNORECASE | re.VERBOSE,
+    r"""(?:^|[.!?\n])[\s*"']*(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
+    r"""the answer is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"']*$""",
+    re.IGNORECASE,
 )
 
 
@@ -428,7 +429,7 @@ def parse_judgment(text: str) -> bool | None:
     >>> parse_judgment("Check: 83, 73 differ. The answer is wrong."), parse_judgment("It is fine.")
     (False, None)
     """
-    found = VERDICT.search(text[-200:])
+    found = VERDICT.search(text.rstrip()[-200:])
     return None if found is None else found[1].lower() == "correct"
 
 
@@ -1230,11 +1231,12 @@ def evaluate_policy(
     policy: Policy, problems: Sequence[Problem], config: Config, temperature: float = 0.0
 ) -> tuple[dict[str, Any], list[Dialogue]]:
     """Dialogues about held-out problems, K of each unless greedy: (summary, dialogues)."""
+    pool = evaluate_pool(policy, config)
     k = config.samples if temperature > 0 else 1
     repeated = [problem for problem in problems for _ in range(k)]
     numbers = [*range(k)] * len(problems)
     dialogues = rollout(policy, repeated, config, -1, numbers, temperature, "evaluate")
-    summary = {**summarize(dialogues), **evaluate_pool(policy, config)}
+    summary = {**summarize(dialogues), **pool}
     summary |= voting(dialogues) if k > 1 else {}
     for trait in ("level", "subject"):
         groups: dict[str, list[Dialogue]] = defaultdict(list)
@@ -1252,12 +1254,10 @@ def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
     folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S-eval"))
     summary, dialogues = evaluate_policy(policy, problems, config, temperature)
     if config.compare:
-        trained = Path(config.compare, "checkpoint")
-        model = str(trained) if trained.is_dir() else config.compare
-        other = load_policy(dataclasses.replace(config, model=model))
+        other = load_policy(dataclasses.replace(config, model=config.compare))
         other.top_p = config.top_p
         _, theirs = evaluate_policy(other, problems, config, temperature)
-        summary["compare"] = {"with": model, **compare(dialogues, theirs)}
+        summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
     write_results(folder / "eval_results.jsonl", dialogues)
     write_json(folder / "eval_summary.json", {"model": config.model, **summary})
     report_evaluation(summary)
@@ -1370,16 +1370,25 @@ PLAIN_TEMPLATE = (
 )
 
 
+def quiet_libraries() -> None:
+    """No progress bars and warnings of others between our lines."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+
+
 def open_model(name: str) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or the hub, weights in float32.
 
     Raises UsageError, in one sentence, for whatever is wrong with it.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     path = local(name)
-    if not path.exists() and name.count("/") != 1:  # a hub id is owner/name
-        raise UsageError(f"--model {name}: no such folder")
+    path = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # the folder of a run
+    if not path.exists():
+        if name.count("/") != 1:  # a hub id is owner/name
+            raise UsageError(f"--model {name}: no such folder")
+        print(f"{name} is no folder here: looking on the Hugging Face hub")
     if path.exists() and not (path / "config.json").is_file():
         raise UsageError(f"--model {name}: no config.json there, so this is no model folder")
     try:
@@ -1597,7 +1606,8 @@ def fingerprint(policy: Policy, problems: Sequence[Problem], config: Config) -> 
     sampling = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
     texts = [(p.index, p.problem, p.answer) for p in problems]
     prompts = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT)
-    everything = json.dumps([weights_hash(policy.model), sampling, texts, prompts])
+    first = policy.prompt_ids(problems[0])  # tells the tokenizer and its chat template
+    everything = json.dumps([weights_hash(policy.model), sampling, texts, prompts, first])
     return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
 
@@ -1627,7 +1637,8 @@ def load_stage_one(
             f"--v-star {path} was made with other weights, problems or sampling options; leave "
             "--v-star out to run stage 1 again"
         )
-    if len(rows) != 1 + len(problems):
+    complete = len(rows) == 1 + len(problems) and all("samples" in row for row in rows[1:])
+    if not complete:
         raise UsageError(f"--v-star {path} is not complete; leave it out to run stage 1 again")
     dialogues = []
     for problem, row in zip(problems, rows[1:]):
@@ -2142,10 +2153,9 @@ def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
         bar = "#" * math.ceil(50 * count / max(counts))
         print(f"  {tenth / 10:.1f} to {tenth / 10 + 0.1:.1f} {count:>6} {bar}".rstrip())
     print("  mean: " + ", ".join(f"{role} {show(mean(v), 2)}" for role, v in values.items()))
-    print(f"  never solved {never:.0%}, always solved {always:.0%}: these cannot teach solving")
-    print(
-        f"  pass@{len(dialogues) // len(solved)} of the reference {1 - never:.2f} (the paper's ceiling)"
-    )
+    print(f"  never solved {never:.0%}, always solved {always:.0%}: little to learn there")
+    reach = f"pass@{len(dialogues) // len(solved)} of the reference {1 - never:.2f}"
+    print(f"  {reach}: about what training can reach")
 
 
 def report_training(
@@ -2515,8 +2525,8 @@ SYMPTOMS: list[tuple[Callable[[dict[str, float]], bool], str]] = [
         that can be extracted, so they earn nothing. Read some ('solve'); if the model does not
         write \\boxed{{}}, take one that follows instructions."""),
     (lambda f: f["never"] > 0.9, """{never:.0%} of the problems were not solved once in
-        {num_samples} samples (V* = 0): no reward, nothing to learn from. Take easier problems, a
-        stronger --model, or more --num-samples."""),
+        {num_samples} samples (V* = 0): no reward, hardly anything to learn from. Take easier
+        problems, a stronger --model, or more --num-samples."""),
     (lambda f: f["always"] > 0.9, """{always:.0%} of the problems were solved by each of
         {num_samples} samples (V* = 1): nothing is left to learn. Take harder problems."""),
     (lambda f: f["any_skipped"] > 0, """The loss or its gradient is not finite (step {step:.0f}).

@@ -1025,6 +1025,9 @@ def test_math_golds_differ_from_their_mutants() -> None:
         ("I cannot say that the answer is correct.", None),
         ("The answer is not correct.", None),
         ("The answer is correct or wrong.", None),
+        ("Not sure; the answer is correct.", None),
+        ("If I am not mistaken, the answer is correct.", None),
+        ("The answer is wrong: the answer is correct.", None),
         ("The answer is 42.", None),
         ("", None),
         ("x" * 100_000, None),
@@ -1680,7 +1683,7 @@ def test_eval_samples_votes_and_compares(finished, tmp_path, capsys):
     summary = json.loads((tmp_path / "e" / "eval_summary.json").read_text())
     assert {"pass@1", "pass@2", "pass@3", "maj@3", "pag@3", "acc_final_ci"} <= set(summary)
     assert summary["n"] == 8 and summary["pass@1"] == pytest.approx(summary["acc_t1"])
-    assert summary["compare"]["with"] == str(finished / "checkpoint")
+    assert summary["compare"]["with"] == str(finished)
     assert len(read_lines(tmp_path / "e" / "eval_results.jsonl")) == 24
     shown = capsys.readouterr().out
     assert "maj@3" in shown and "problems better" in shown
