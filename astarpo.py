@@ -233,9 +233,9 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 # Model output is hostile text. Limits bound every loop: whatever the text, a comparison takes
 # milliseconds, without eval, timer or thread.
 #
-# Three steps follow: find the answer, clean its spelling, compare. The limits, the spellings and a
-# small parser that computes values are in Part II, C. (In a hurry? Trust `verify` and go on to
-# section 4: nothing else of this section is needed later.)
+# Three steps follow: find the answer, clean its spelling, compare. The limits, the spellings and the
+# small parser behind `same`, `read_answer` and `Work` are in Part II, C. (In a hurry? Trust
+# `is_equiv` and go on to section 4: nothing else of this section is needed later.)
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^]{}]*\]\s*)*|\\.|[{}]", re.DOTALL)
 PHRASE = re.compile(r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|####", re.IGNORECASE)
@@ -310,18 +310,6 @@ def inside_brackets(match: re.Match) -> bool:
     return sum(map(before.count, ("(", "[", r"\{"))) > sum(map(before.count, (")", "]", r"\}")))
 
 
-# Comparing: `read_answer` (Part II, C) makes a Node of a clean text, that is a structure of smaller
-# answers, or a value. A value stays a list of tokens until a `Reader` computes it, with arithmetic
-# that counts its `Work`.
-class Node(NamedTuple):
-    """A piece of an answer; `tag` is the text of a value, the brackets of a row, a name."""
-
-    kind: str
-    tag: str = ""
-    parts: tuple[Node, ...] = ()
-    tokens: tuple[str, ...] = ()
-
-
 def is_equiv(predicted: str | None, gold: str | None) -> bool:
     r"""Say whether two answers mean the same; when in doubt, they do not.
 
@@ -341,6 +329,12 @@ def is_equiv(predicted: str | None, gold: str | None) -> bool:
         return False
 
 
+# --- 4. Rewards -----------------------------------------------------------------------------------
+# The reward is all that the policy is ever told, so it should say exactly what we want and nothing
+# that can be had more cheaply. For A*-PO it is 1 for a right final answer and 0 for anything else: no
+# partial credit, no bonus for style or length. (PAG's other two rewards come with it, in section 9.)
+
+
 def verify(text: str | None, gold: str | None) -> bool:
     r"""Say whether the final answer of `text` equals `gold`: the reward of a sample.
 
@@ -348,109 +342,6 @@ def verify(text: str | None, gold: str | None) -> bool:
     (True, False)
     """
     return is_equiv(extract_answer(text), gold)
-
-
-def same(a: Node, b: Node, work: Work) -> bool:
-    """Compare structures piece by piece, and values by computing them."""
-    work.spend(5)
-    if a.kind != b.kind and "label" in (a.kind, b.kind):  # x = 5 against 5
-        return same(*(node.parts[0] if node.kind == "label" else node for node in (a, b)), work)
-    if a.kind != b.kind:
-        return False
-    if a.kind in ("set", "union"):
-        return matched(a.parts, b.parts, work)
-    if a.kind == "value":
-        return prose(a.tag) == prose(b.tag) or agree(a, b, work)
-    if a.tag != b.tag or len(a.parts) != len(b.parts):
-        return False
-    if a.kind == "relation":
-        return agree(a, b, work)
-    return all(same(x, y, work) for x, y in zip(a.parts, b.parts))
-
-
-def matched(a: tuple[Node, ...], b: tuple[Node, ...], work: Work) -> bool:
-    """Pair off two unordered collections; x = 1, y = 2 is not simply 1, 2."""
-    labels = {node.tag if node.kind == "label" else "" for node in (*a, *b)}
-    if len(a) != len(b) or len(labels) > 2 and "" in labels:
-        return False
-    rest = list(b)
-    for x in a:
-        hit = next((i for i, y in enumerate(rest) if same(x, y, work)), None)
-        if hit is None:
-            return False
-        rest.pop(hit)
-    return True
-
-
-def prose(text: str) -> str:
-    """Fold the case and the spacing of words and times, but of nothing that may be algebra."""
-    if not re.fullmatch(r"(?=.*\")[\w\s.:'\"-]+", text):
-        return text
-    return re.sub(r"(?<![0-9])[\s\".]|[\s\".](?![0-9])", "", text.lower())
-
-
-def agree(a: Node, b: Node, work: Work) -> bool:
-    """Compare two values at random points, as real functions: where both are not real, skip."""
-    agreed = 0
-    for point in range(MAX_POINTS):
-        work.go_to(point)
-        try:
-            x, y = (Reader(node.tokens, work).whole() for node in (a, b))
-        except (Unsure, ArithmeticError, ValueError, IndexError):
-            return False
-        count = len(work.variables)
-        if count and x.im and y.im and not work.complex:
-            continue
-        error = 0 if work.exact else work.noise * max(1, abs(x.re), abs(x.im))
-        if work.extreme and not work.exact or max(abs(x.re - y.re), abs(x.im - y.im)) > error:
-            return False
-        agreed += 1
-        if not count or agreed > 2 and point + 2 > 2**count:
-            return count > 0 or a.kind == "value"
-    return agreed > 1
-
-
-# --- 4. Rewards -----------------------------------------------------------------------------------
-# For A*-PO alone the reward is `verify(response, answer)`, 1 or 0, and that is all. A dialogue in
-# PAG's manner (section 9) has one more thing to read off a text: the verdict of the turn that
-# checks. We take the last sentence only, and only in the words that the prompt asks for ("So" may
-# come before them). A check that wanders on after its verdict, or hedges it, has given none: None
-# earns no reward and counts as a miss.
-VERDICT = re.compile(
-    r"""(?:^|[.!?\n])[\s*"']*(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
-    r"""the answer is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"']*$""",
-    re.IGNORECASE,
-)
-
-
-def parse_judgment(text: str) -> bool | None:
-    """The verdict that ends a check: True for correct, False for wrong, None for neither.
-
-    >>> parse_judgment("Check: 83, 73 differ. The answer is wrong."), parse_judgment("It is fine.")
-    (False, None)
-    """
-    found = VERDICT.search(text.rstrip()[-200:])
-    return None if found is None else found[1].lower() == "correct"
-
-
-def dialogue_rewards(
-    correct: Sequence[bool], verdicts: Sequence[bool | None], alpha: float
-) -> list[float]:
-    """Each turn's reward in the order of the turns: solve, verify, revise, verify, revise, ...
-
-    correct[k]: was attempt k right; verdicts[k]: what check k said of attempt k. As in PAG,
-    every turn is paid for what it did itself (no reward flows back from later turns), and a
-    revision also for what it changed: breaking a right answer costs alpha, mending earns it.
-
-    >>> dialogue_rewards([False, True], [False], alpha=1.0)    # wrong; "wrong"; mended
-    [0.0, 1.0, 2.0]
-    """
-    rewards = [float(correct[0])]
-    for k, verdict in enumerate(verdicts):
-        rewards.append(float(verdict == correct[k]))  # None == True and None == False are False
-        if k + 1 < len(correct):
-            rewards.append(correct[k + 1] + alpha * (correct[k + 1] - correct[k]))
-    return rewards
 
 
 # --- 5. The model ---------------------------------------------------------------------------------
@@ -837,10 +728,49 @@ def token_logps(
 # that revises only what it has judged wrong must learn to judge.
 #
 # For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward
-# is its own (section 4). Its V^* is that of the problem and its *role*: to solve and to judge earn
+# is its own (`dialogue_rewards`). Its V^* is that of the problem and its *role*: to solve and to judge earn
 # different rewards on average. (The dialogue so far would have a V* of its own, but nobody has N
 # samples of it. It was fixed before the turn began, so section 8 holds with the coarser value too.)
 ROLES = ("solve", "verify", "revise")
+
+# What a check says is read off its last sentence only, and only in the words that the prompt asks
+# for ("So" may come before them). A check that wanders on after its verdict, or hedges it, has given
+# none: None earns no reward and counts as a miss.
+VERDICT = re.compile(
+    r"""(?:^|[.!?\n])[\s*"']*(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
+    r"""the answer is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"']*$""",
+    re.IGNORECASE,
+)
+
+
+def parse_judgment(text: str) -> bool | None:
+    """The verdict that ends a check: True for correct, False for wrong, None for neither.
+
+    >>> parse_judgment("Check: 83, 73 differ. The answer is wrong."), parse_judgment("It is fine.")
+    (False, None)
+    """
+    found = VERDICT.search(text.rstrip()[-200:])
+    return None if found is None else found[1].lower() == "correct"
+
+
+def dialogue_rewards(
+    correct: Sequence[bool], verdicts: Sequence[bool | None], alpha: float
+) -> list[float]:
+    """Each turn's reward in the order of the turns: solve, verify, revise, verify, revise, ...
+
+    correct[k]: was attempt k right; verdicts[k]: what check k said of attempt k. As in PAG,
+    every turn is paid for what it did itself (no reward flows back from later turns), and a
+    revision also for what it changed: breaking a right answer costs alpha, mending earns it.
+
+    >>> dialogue_rewards([False, True], [False], alpha=1.0)    # wrong; "wrong"; mended
+    [0.0, 1.0, 2.0]
+    """
+    rewards = [float(correct[0])]
+    for k, verdict in enumerate(verdicts):
+        rewards.append(float(verdict == correct[k]))  # None == True and None == False are False
+        if k + 1 < len(correct):
+            rewards.append(correct[k + 1] + alpha * (correct[k + 1] - correct[k]))
+    return rewards
 
 
 @dataclass
@@ -1675,9 +1605,9 @@ def first_stage(
 
 
 # --- C. The algebra of answers --------------------------------------------------------------------
-# What section 3 leaves out: its limits, its table of spellings, cutting a clean text into tokens and
-# the tokens into structure (`Node`), and computing values by recursive descent, a method for each
-# rule of the grammar.
+# What section 3 leaves out: its limits and its table of spellings; cutting a clean text into tokens
+# and the tokens into structure (`Node`); computing values by recursive descent (`Reader`, a method
+# for each rule of the grammar), with arithmetic that counts its steps (`Work`); and comparing.
 
 MAX_ANSWER = 2_000  # characters; the longest gold in MATH has about 160
 MAX_TAIL = 20_000  # characters at the end in which "the answer is" is looked for
@@ -1730,6 +1660,16 @@ REWRITES = [
         ),
     )
 ]
+
+
+class Node(NamedTuple):
+    """A piece of an answer; `tag` is the text of a value, the brackets of a row, a name."""
+
+    kind: str
+    tag: str = ""
+    parts: tuple[Node, ...] = ()
+    tokens: tuple[str, ...] = ()
+
 
 TOKEN = re.compile(
     r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
@@ -2127,6 +2067,66 @@ class Reader:
         parts = {"sin": (sin, ONE), "cos": (cos, ONE), "tan": (sin, cos)}
         parts |= {"cot": (cos, sin), "sec": (ONE, cos), "csc": (ONE, sin)}
         return work.power(work.divide(*parts[name]), exponent)
+
+
+def same(a: Node, b: Node, work: Work) -> bool:
+    """Compare structures piece by piece, and values by computing them."""
+    work.spend(5)
+    if a.kind != b.kind and "label" in (a.kind, b.kind):  # x = 5 against 5
+        return same(*(node.parts[0] if node.kind == "label" else node for node in (a, b)), work)
+    if a.kind != b.kind:
+        return False
+    if a.kind in ("set", "union"):
+        return matched(a.parts, b.parts, work)
+    if a.kind == "value":
+        return prose(a.tag) == prose(b.tag) or agree(a, b, work)
+    if a.tag != b.tag or len(a.parts) != len(b.parts):
+        return False
+    if a.kind == "relation":
+        return agree(a, b, work)
+    return all(same(x, y, work) for x, y in zip(a.parts, b.parts))
+
+
+def matched(a: tuple[Node, ...], b: tuple[Node, ...], work: Work) -> bool:
+    """Pair off two unordered collections; x = 1, y = 2 is not simply 1, 2."""
+    labels = {node.tag if node.kind == "label" else "" for node in (*a, *b)}
+    if len(a) != len(b) or len(labels) > 2 and "" in labels:
+        return False
+    rest = list(b)
+    for x in a:
+        hit = next((i for i, y in enumerate(rest) if same(x, y, work)), None)
+        if hit is None:
+            return False
+        rest.pop(hit)
+    return True
+
+
+def prose(text: str) -> str:
+    """Fold the case and the spacing of words and times, but of nothing that may be algebra."""
+    if not re.fullmatch(r"(?=.*\")[\w\s.:'\"-]+", text):
+        return text
+    return re.sub(r"(?<![0-9])[\s\".]|[\s\".](?![0-9])", "", text.lower())
+
+
+def agree(a: Node, b: Node, work: Work) -> bool:
+    """Compare two values at random points, as real functions: where both are not real, skip."""
+    agreed = 0
+    for point in range(MAX_POINTS):
+        work.go_to(point)
+        try:
+            x, y = (Reader(node.tokens, work).whole() for node in (a, b))
+        except (Unsure, ArithmeticError, ValueError, IndexError):
+            return False
+        count = len(work.variables)
+        if count and x.im and y.im and not work.complex:
+            continue
+        error = 0 if work.exact else work.noise * max(1, abs(x.re), abs(x.im))
+        if work.extreme and not work.exact or max(abs(x.re - y.re), abs(x.im - y.im)) > error:
+            return False
+        agreed += 1
+        if not count or agreed > 2 and point + 2 > 2**count:
+            return count > 0 or a.kind == "value"
+    return agreed > 1
 
 
 # --- D. The report --------------------------------------------------------------------------------
