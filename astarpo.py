@@ -143,7 +143,7 @@ def option(
 class Config:
     """All options of a run. `train(Config(steps=10))` is `python astarpo.py train --steps 10`."""
 
-    model: str = option("data/base", "the model to start from: a folder or a hub id")
+    model: str = option("data/base", "the model to start from: a folder, a run or a hub id")
     train_data: str = option("data/train.jsonl", "JSONL file, folder or hub id to train on")
     eval_data: str = option("data/test.jsonl", "JSONL file, folder or hub id of held-out problems")
     out: str = option("", "new folder for the results (default: runs/<date-time>)")
@@ -162,7 +162,7 @@ class Config:
     v_star: str = option("", "reuse this v_star.jsonl of an earlier run instead of stage 1")
     alpha: float = option(1.0, "PAG: weight of the change in a revision's reward")
     revisions: int = option(1, "PAG: rounds of verify and revise; 0 is A*-PO alone", high=10)
-    max_prompt_tokens: int = option(256, "longer problems are left out (tokens)", low=1)
+    max_prompt_tokens: int = option(128, "longer problems are left out (tokens)", low=1)
     max_new_tokens: int = option(64, "longest response of one turn (tokens)", low=1)
     temperature: float = option(1.0, "sampling temperature; 0 is greedy (eval only)", high=100)
     train_limit: int = option(256, "use the first so many training problems (0: all)")
