@@ -2212,10 +2212,13 @@ def report_evaluation(summary: dict[str, Any]) -> None:
 
 def print_dialogue(dialogue: Dialogue) -> None:
     """A dialogue as a person would write it down."""
-    print(f"  problem  {dialogue.problem.problem}")
+    said = [("problem", dialogue.problem.problem)]
     for turn in dialogue.turns:
-        text = turn.text.strip() + ("" if turn.ended else " [cut off]")
-        print(f"  {turn.role:<8} " + text.replace("\n", "\n" + " " * 11))
+        said.append((turn.role, turn.text.strip() + ("" if turn.ended else " [cut off]")))
+    for who, text in said:
+        for i, line in enumerate(text.splitlines() or [""]):
+            start = f"  {'' if i else who:<8} "
+            print(textwrap.fill(line, 79, initial_indent=start, subsequent_indent=" " * 11))
     gold = dialogue.problem.answer
     if gold:
         verdict = "right" if dialogue.attempts[-1].correct else f"wrong, it is {gold}"
