@@ -1774,12 +1774,12 @@ BARE = {name: "\\" + name for name in FUNCTIONS | {"sqrt"}}
 BARE |= {"pi": "π", "infinity": "∞", "and": ",", "or": "or"}
 UNIT = re.compile(  # anything in the plural is one, too, but for the words of NO_UNIT
     "[cmk]?m|ft|in|inch|foot|feet|yd|mile|mi|mph|k?g|lb|oz|s|sec|second|min|minute|hr|hour|day|week"
-    "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|people|men|women|[a-z]{3,}s"
+    "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|people|men|women|[a-z]{2,}[a-rt-z]s"
 )
-NO_UNIT = re.compile(
-    "or|and|not?|more|less|fewer|than|least|most|times|plus|minus|halves|thirds|quarters|perhaps|is|was"
-    "|as|if|(four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|(ten|hundred|[a-z]+illion|dozen)s"
-    "|thousands"
+NO_UNIT = re.compile(  # 5 million dollars is not 5
+    "or|and|not?|more|less|fewer|than|least|most|times|plus|minus|perhaps|maybes?|is|was|as|if|to|vs"
+    "|from|over|under|above|below|points?|ten(s|ths)?|(hal[fv]|quarter|zero|one|two|thir|four|fort|fi[fv]"
+    "|six|seven|eigh|nin|elev|twel|twen|score|dozen|hundred|thousand|[a-z]+illion|negative)[a-z]*"
 )
 
 
@@ -1844,7 +1844,8 @@ def without_unit(tokens: list[str]) -> list[str]:
     start = next((i for i, token in enumerate(tokens) if token[0] == '"'), 0)
     tail = "".join(tokens[start:])
     words = re.findall("[a-z]+", tail.lower()) or [""]
-    shape = start and re.fullmatch(r'("[^"]*")+(\^(\{[23]\}|[23]))?', tail)
+    shape = re.fullmatch(r'("[^"0-9]*")+(\^(\{[23]\}|[23]))?', tail)
+    shape = shape and re.search("[^a-zA-Z]", "".join(tokens[:start]))  # all integers: no unit
     known = UNIT.fullmatch(words[-1]) and not any(map(NO_UNIT.fullmatch, words))
     return tokens[:start] if shape and known else tokens
 

@@ -598,6 +598,15 @@ listen | silent
 5 | 5 or more
 5 | 5 eighths
 5 | 5 \text{ millions}
+5 | 5 \text{ million dollars}
+5 | 5 \text{ thousand people}
+5 | 5 \text{ half hours}
+5 | 5 \text{ elevenths}
+5 | 5 \text{ to 6 units}
+5 | 5 \text{ guess}
+\text{all real numbers} | \text{all integers}
+any numbers | any values
+a square | a foot
 5 | 5 quarters
 5 | \text{more than } 5
 5 | not 5
