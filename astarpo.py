@@ -258,7 +258,7 @@ def extract_answer(text: str | None) -> str | None:
         return None
     rest = tail[ends[-1] :].lstrip("* \t\r\n")
     line = re.match(r"(?:\\\[.*?\\\]|\$\$.*?\$\$)?[^\n]*", rest, re.DOTALL)[0]
-    line = re.split(r"[.!?]\**\s+(?=[A-Z])", line)[0][: MAX_ANSWER + 1]
+    line = re.split(r"[.!]\**\s+(?=[A-Z])", line)[0][: MAX_ANSWER + 1]
     line = line.lstrip("*$ \t").rstrip("*$.,;: \t\r\n")
     line = line.removeprefix(r"\(").removeprefix(r"\[").removesuffix(r"\)").removesuffix(r"\]")
     line = line.strip()
@@ -1721,7 +1721,7 @@ MAX_POINTS = 8  # both signs of three variables
 
 # Cleaning: all spellings of a sign become one character, and what is only typography a space.
 SPELLINGS = r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \mathbf \mathit
-    \boldsymbol \! \, \; \: \> \quad \qquad \( \) \[ \] \$ \% ~ $ % € £ " | · \cdot \times \ast × ⋅ *
+    \boldsymbol \! \, \; \: \> \quad \qquad \( \) \[ \] \$ \% ~ $ % € £ " \boxed \fbox | · \cdot \times \ast × ⋅ *
     | - − – — | / \div ÷ ⁄ | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | < \lt | > \gt | ≠ \ne \neq
     | ± \pm | ∓ \mp | ∪ \cup | ∈ \in | ∞ \infty | ° \circ \degree | π \pi | ( \langle ⟨ | ) \rangle ⟩
     | \{ \lbrace | \} \rbrace | \{\} \emptyset \varnothing ∅ | … \ldots \dots | \overline \bar

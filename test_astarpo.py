@@ -344,7 +344,7 @@ def test_batches_hold_everything_once_within_the_budget(lengths, budget):
 
 # Each line holds answers that all mean the same; every pair of a line is tested, both ways.
 SAME = r"""
-42 | 42. | $42$ | \(42\) | 42.0 | +42 | {42} | (42) | **42** | \boldsymbol{42} | \text{42} | \mathbf{42}
+42 | 42. | $42$ | \(42\) | 42.0 | +42 | {42} | (42) | **42** | \boldsymbol{42} | \text{42} | \mathbf{42} | \boxed{42}
 10000 | 10,000 | 10{,}000 | 10\,000 | 10,\!000 | 10,\! 000 | 10^4 | \$10,000 | 1 \times 10^{4} | 1e4
 1008016 | 1,008,016 | 1{,}008{,}016 | 1,\!008,\!016
 0.5 | .5 | 0.50 | 1/2 | \frac12 | \frac{1}{2} | \dfrac{1}{2} | \tfrac 12 | ½ | 2^{-1} | \frac{2}{4} | 5e-1
@@ -750,6 +750,7 @@ EXTRACTIONS = [
     ("The answer is\n\\[\n42\n\\]\n", "42"),
     ("Final Answer: The final answer is $5$. I hope it is correct.", "5"),
     ("The answer is 42. It was easy.", "42"),
+    ("The answer is 42? No, 43", "42? No, 43"),
     ("The answers are 3 and 4.", "3 and 4"),
     ("#### 42", "42"),
     ("The answer is 5.\n#### 42", "42"),
@@ -775,6 +776,10 @@ WRONG_TEXTS = [
     "The answer is not 42.",
     "The answer is $42$ or $43$.",
     "The answer is 42 or maybe 43.",
+    "The answer is 42? No, 43.",
+    r"\boxed{\boxed{4}2}",
+    r"\boxed{\boxed{42} or \boxed{43}}",
+    r"\boxed{\boxed{}}",
     r"\boxed{42 \text{ or } 43}",
     r"\boxed{\text{not } 42}",
     r"\boxed{42} \boxed{}",
