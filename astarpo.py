@@ -1615,7 +1615,7 @@ def saved_at_the_end(policy: Policy, folder: Path) -> Iterator[None]:
     """Save the policy to folder/checkpoint when the block ends, by Ctrl-C or a RunError too."""
     try:
         yield
-    except RunError:
+    except (RunError, OSError):  # OSError: whoever read our output is gone, or the disk is full
         save_model(policy, folder / "checkpoint")
         raise
     except KeyboardInterrupt:
@@ -3182,7 +3182,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunError, OSError) as error:  # OSError: a full disk, say
         status, message = 1, str(error)
     except KeyboardInterrupt:
-        status, message = 1, "stopped; what was finished before is in the run's folder"
+        status, message = 1, "stopped"
+        if options.command == "train":
+            message += (
+                f"; what is done lies in {options.out or 'the newest folder of runs/'}: v_star.jsonl "
+                "if stage 1 was finished (use it again with --v-star), checkpoint/ if stage 2 was "
+                "(evaluate it with 'eval --model FOLDER/checkpoint')"
+            )
     else:
         return 0
     print(f"\nastarpo: {message}", file=sys.stderr)
