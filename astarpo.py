@@ -1247,6 +1247,7 @@ def evaluate_policy(
 ) -> tuple[dict[str, Any], list[Dialogue]]:
     """Dialogues about held-out problems, K of each unless greedy: (summary, dialogues)."""
     k = config.samples if temperature > 0 else 1
+    load_pool(config)  # a bad line in it is better said now
     repeated = [problem for problem in problems for _ in range(k)]
     numbers = [*range(k)] * len(problems)
     dialogues = rollout(policy, repeated, config, -1, numbers, temperature, "evaluate")
@@ -1267,12 +1268,13 @@ def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
     policy.top_p = config.top_p
     problems = load_problems(config.eval_data, config.eval_limit, policy, config)
     folder = new_folder(config.out or f"runs/{timestamp()}-eval")
-    summary, dialogues = evaluate_policy(policy, problems, config, temperature)
     if config.compare:
         trained = Path(config.compare, "checkpoint")
         model = str(trained) if trained.is_dir() else config.compare
         other = load_policy(dataclasses.replace(config, model=model))
         other.top_p = config.top_p
+    summary, dialogues = evaluate_policy(policy, problems, config, temperature)
+    if config.compare:
         _, theirs = evaluate_policy(other, problems, config, temperature)
         summary["compare"] = {"with": model, **compare(dialogues, theirs)}
     write_results(folder / "eval_results.jsonl", dialogues)
@@ -1482,7 +1484,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     place = f"{path}, line {number}"
                     try:
-                        yield place, json.loads(line)
+                        row = json.loads(line)
+                        json.dumps(row, ensure_ascii=False).encode()  # half a character: \ud800
+                        yield place, row
                     except (ValueError, RecursionError) as error:
                         raise UsageError(f"{place}: not JSON ({error})") from error
     except UnicodeDecodeError as error:
@@ -1536,6 +1540,10 @@ def load_pool(config: Config) -> list[tuple[Problem, str, bool]]:
     if not local(config.eval_data).is_file() or not path.is_file():
         return []
     rows = list(read_jsonl(path))[: config.eval_limit or None]
+    for place, row in rows:
+        to_problem(row, -1, place)
+        if not (isinstance(row.get("attempt"), str) and isinstance(row.get("correct"), bool)):
+            raise UsageError(f"{place}: 'attempt' (a text) or 'correct' (true or false) is missing")
     return [(to_problem(row, -1, place), row["attempt"], row["correct"]) for place, row in rows]
 
 
@@ -1664,7 +1672,7 @@ def load_stage_one(
             f"--v-star {path} was made with other weights, problems or sampling options; leave "
             "--v-star out to run stage 1 again"
         )
-    if len(rows) != 1 + len(problems):
+    if len(rows) != 1 + len(problems) or not all("samples" in row for row in rows[1:]):
         raise UsageError(
             f"--v-star {path} is not complete; leave --v-star out to run stage 1 again"
         )

@@ -1464,6 +1464,7 @@ def test_a_broken_model_folder_is_one_sentence(damage, tmp_path, capsys):
     [
         ("", "holds no problems"),
         ('{"problem": "1 + 1?", "answer": "2"}\nnot json\n', "line 2: not JSON"),
+        ('{"problem": "1 + \\ud800?", "answer": "2"}\n', "line 1: not JSON"),
         ('{"problem": "1 + 1?"}\n', "line 1: 'answer' is missing"),
         ('{"answer": "2"}\n', "line 1: 'problem' is missing"),
         ('{"problem": 5, "answer": "2"}\n', "line 1: 'problem' is missing or not a text"),
