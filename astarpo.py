@@ -262,7 +262,7 @@ def extract_answer(text: str | None) -> str | None:
         return None
     rest = tail[ends[-1] :].lstrip("* \t\r\n")
     line = re.match(r"(?:\\\[.*?\\\]|\$\$.*?\$\$)?[^\n]*", rest, re.DOTALL)[0]
-    line = re.split(r"[.!?]\**\s+(?=[A-Z])", line)[0][: MAX_ANSWER + 1]
+    line = re.split(r"[.!]\**\s+(?=[A-Z])", line)[0][: MAX_ANSWER + 1]
     line = line.lstrip("*$ \t").rstrip("*$.,;: \t\r\n")
     line = line.removeprefix(r"\(").removeprefix(r"\[").removesuffix(r"\)").removesuffix(r"\]")
     line = line.strip()
@@ -1181,11 +1181,12 @@ def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
     check_options(config)
     policy = dataclasses.replace(load_policy(config), top_p=config.top_p)
     problems = load_problems(config.eval_data, config.eval_limit, policy, config)
-    folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S-eval"))
-    summary, dialogues = evaluate_policy(policy, problems, config, temperature)
     if config.compare:
         other = load_policy(dataclasses.replace(config, model=config.compare))
         other.top_p = config.top_p
+    folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S-eval"))
+    summary, dialogues = evaluate_policy(policy, problems, config, temperature)
+    if config.compare:
         _, theirs = evaluate_policy(other, problems, config, temperature)
         summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
     write_results(folder / "eval_results.jsonl", dialogues)
@@ -1392,7 +1393,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     place = f"{path}, line {number}"
                     try:
-                        yield place, json.loads(line)
+                        row = json.loads(line)
+                        json.dumps(row, ensure_ascii=False).encode()  # half a character: \ud800
+                        yield place, row
                     except (ValueError, RecursionError) as error:
                         raise UsageError(f"{place}: not JSON ({error})") from error
     except UnicodeDecodeError as error:
@@ -1446,10 +1449,11 @@ def load_pool(config: Config) -> list[tuple[Problem, str, bool]]:
     if not local(config.eval_data).is_file() or not path.is_file():
         return []
     rows = list(read_jsonl(path))[: config.eval_limit or None]
-    try:
-        return [(to_problem(row, -1, place), row["attempt"], row["correct"]) for place, row in rows]
-    except KeyError as error:
-        raise UsageError(f"{path}: a line lacks {error}") from error
+    for place, row in rows:
+        to_problem(row, -1, place)
+        if not (isinstance(row.get("attempt"), str) and isinstance(row.get("correct"), bool)):
+            raise UsageError(f"{place}: 'attempt' (a text) or 'correct' (true or false) is missing")
+    return [(to_problem(row, -1, place), row["attempt"], row["correct"]) for place, row in rows]
 
 
 def check_context(policy: Policy, config: Config) -> None:
@@ -1621,7 +1625,7 @@ MAX_POINTS = 8  # both signs of three variables
 
 # Cleaning: all spellings of a sign become one character, and what is only typography a space.
 SPELLINGS = r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \mathbf \mathit
-    \boldsymbol \! \, \; \: \> \quad \qquad \( \) \[ \] \$ \% ~ $ % € £ " | · \cdot \times \ast × ⋅ *
+    \boldsymbol \! \, \; \: \> \quad \qquad \( \) \[ \] \$ \% ~ $ % € £ " \boxed \fbox | · \cdot \times \ast × ⋅ *
     | - − – — | / \div ÷ ⁄ | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | < \lt | > \gt | ≠ \ne \neq
     | ± \pm | ∓ \mp | ∪ \cup | ∈ \in | ∞ \infty | ° \circ \degree | π \pi | ( \langle ⟨ | ) \rangle ⟩
     | \{ \lbrace | \} \rbrace | \{\} \emptyset \varnothing ∅ | … \ldots \dots | \overline \bar
@@ -1684,12 +1688,12 @@ BARE = {name: "\\" + name for name in FUNCTIONS | {"sqrt"}}
 BARE |= {"pi": "π", "infinity": "∞", "and": ",", "or": "or"}
 UNIT = re.compile(  # anything in the plural is one, too, but for the words of NO_UNIT
     "[cmk]?m|ft|in|inch|foot|feet|yd|mile|mi|mph|k?g|lb|oz|s|sec|second|min|minute|hr|hour|day|week"
-    "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|people|men|women|[a-z]{3,}s"
+    "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|people|men|women|[a-z]{2,}[a-rt-z]s"
 )
-NO_UNIT = re.compile(
-    "or|and|not?|more|less|fewer|than|least|most|times|plus|minus|halves|thirds|quarters|perhaps|is|was"
-    "|as|if|(four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|(ten|hundred|[a-z]+illion|dozen)s"
-    "|thousands"
+NO_UNIT = re.compile(  # 5 million dollars is not 5
+    "or|and|not?|more|less|fewer|than|least|most|times|plus|minus|perhaps|maybes?|is|was|as|if|to|vs"
+    "|from|over|under|above|below|points?|ten(s|ths)?|(hal[fv]|quarter|zero|one|two|thir|four|fort|fi[fv]"
+    "|six|seven|eigh|nin|elev|twel|twen|score|dozen|hundred|thousand|[a-z]+illion|negative)[a-z]*"
 )
 
 
@@ -1754,7 +1758,8 @@ def without_unit(tokens: list[str]) -> list[str]:
     start = next((i for i, token in enumerate(tokens) if token[0] == '"'), 0)
     tail = "".join(tokens[start:])
     words = re.findall("[a-z]+", tail.lower()) or [""]
-    shape = start and re.fullmatch(r'("[^"]*")+(\^(\{[23]\}|[23]))?', tail)
+    shape = re.fullmatch(r'("[^"0-9]*")+(\^(\{[23]\}|[23]))?', tail)
+    shape = shape and re.search("[^a-zA-Z]", "".join(tokens[:start]))  # all integers: no unit
     known = UNIT.fullmatch(words[-1]) and not any(map(NO_UNIT.fullmatch, words))
     return tokens[:start] if shape and known else tokens
 
@@ -3141,7 +3146,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunError, OSError) as error:  # OSError: a full disk, say
         status, message = 1, str(error)
     except KeyboardInterrupt:
-        status, message = 1, "stopped; what was finished before is in the run's folder"
+        status, message = 1, "stopped"
+        if options.command == "train":
+            message += (
+                f"; what is done lies in {options.out or 'the newest folder of runs/'}: v_star.jsonl "
+                "if stage 1 was finished (use it again with --v-star), checkpoint/ if stage 2 was "
+                "(evaluate it with 'eval --model FOLDER/checkpoint')"
+            )
     else:
         return 0
     print(f"\nastarpo: {message}", file=sys.stderr)

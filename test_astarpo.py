@@ -345,7 +345,7 @@ def test_batches_hold_everything_once_within_the_budget(lengths, budget):
 
 # Each line holds answers that all mean the same; every pair of a line is tested, both ways.
 SAME = r"""
-42 | 42. | $42$ | \(42\) | 42.0 | +42 | {42} | (42) | **42** | \boldsymbol{42} | \text{42} | \mathbf{42}
+42 | 42. | $42$ | \(42\) | 42.0 | +42 | {42} | (42) | **42** | \boldsymbol{42} | \text{42} | \mathbf{42} | \boxed{42}
 10000 | 10,000 | 10{,}000 | 10\,000 | 10,\!000 | 10,\! 000 | 10^4 | \$10,000 | 1 \times 10^{4} | 1e4
 1008016 | 1,008,016 | 1{,}008{,}016 | 1,\!008,\!016
 0.5 | .5 | 0.50 | 1/2 | \frac12 | \frac{1}{2} | \dfrac{1}{2} | \tfrac 12 | ½ | 2^{-1} | \frac{2}{4} | 5e-1
@@ -599,6 +599,15 @@ listen | silent
 5 | 5 or more
 5 | 5 eighths
 5 | 5 \text{ millions}
+5 | 5 \text{ million dollars}
+5 | 5 \text{ thousand people}
+5 | 5 \text{ half hours}
+5 | 5 \text{ elevenths}
+5 | 5 \text{ to 6 units}
+5 | 5 \text{ guess}
+\text{all real numbers} | \text{all integers}
+any numbers | any values
+a square | a foot
 5 | 5 quarters
 5 | \text{more than } 5
 5 | not 5
@@ -742,6 +751,7 @@ EXTRACTIONS = [
     ("The answer is\n\\[\n42\n\\]\n", "42"),
     ("Final Answer: The final answer is $5$. I hope it is correct.", "5"),
     ("The answer is 42. It was easy.", "42"),
+    ("The answer is 42? No, 43", "42? No, 43"),
     ("The answers are 3 and 4.", "3 and 4"),
     ("#### 42", "42"),
     ("The answer is 5.\n#### 42", "42"),
@@ -767,6 +777,10 @@ WRONG_TEXTS = [
     "The answer is not 42.",
     "The answer is $42$ or $43$.",
     "The answer is 42 or maybe 43.",
+    "The answer is 42? No, 43.",
+    r"\boxed{\boxed{4}2}",
+    r"\boxed{\boxed{42} or \boxed{43}}",
+    r"\boxed{\boxed{}}",
     r"\boxed{42 \text{ or } 43}",
     r"\boxed{\text{not } 42}",
     r"\boxed{42} \boxed{}",
@@ -1474,6 +1488,7 @@ def test_a_broken_model_folder_is_one_sentence(damage, tmp_path, capsys):
     [
         ("", "holds no problems"),
         ('{"problem": "1 + 1?", "answer": "2"}\nnot json\n', "line 2: not JSON"),
+        ('{"problem": "1 + \\ud800?", "answer": "2"}\n', "line 1: not JSON"),
         ('{"problem": "1 + 1?"}\n', "line 1: 'answer' is missing"),
         ('{"answer": "2"}\n', "line 1: 'problem' is missing"),
         ('{"problem": 5, "answer": "2"}\n', "line 1: 'problem' is missing or not a text"),
