@@ -1331,7 +1331,8 @@ class Progress:
         line = f"{f'{self.label} {self.done}/{self.total}':<21} {numbers} {clock}"
         tenths = self.done * 10 // self.total
         if sys.stdout.isatty():
-            print(f"\r{line[:79]:<79}", end="\n" if finished else "", flush=True)
+            line = re.sub("  +", "  ", line)[:79]  # 80 columns
+            print(f"\r{line:<79}", end="\n" if finished else "", flush=True)
         elif finished or (metrics and tenths > self.tenths):
             print(line, flush=True)
         self.tenths = tenths
@@ -3166,7 +3167,8 @@ def run_command(options: argparse.Namespace) -> None:
     if options.command == "pretrain":
         return pretrain(Path(options.folder), options.seed)
     if options.command == "plot":
-        return plot([Path(run) for run in options.runs], Path(options.out))
+        plot([Path(run) for run in options.runs], Path(options.out))
+        return print(f"written to {options.out}")
     names = [item.name for item in dataclasses.fields(Config) if hasattr(options, item.name)]
     config = Config(**{name: getattr(options, name) for name in names})
     if options.command == "train":
