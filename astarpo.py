@@ -1056,6 +1056,8 @@ def train(config: Config) -> dict[str, Any]:
     check_context(policy, config)
     problems = load_problems(config.train_data, config.train_limit, policy, config)
     held_out = load_problems(config.eval_data, config.eval_limit, policy, config)
+    if config.v_star:  # if it does not fit, better now than after the evaluation
+        load_stage_one(config.v_star, fingerprint(policy, problems, config), problems, config)
     folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     send = number_sink(config, folder)
     write_json(folder / "config.json", describe(config, policy))
@@ -1242,7 +1244,8 @@ class Progress:
         line = f"{f'{self.label} {self.done}/{self.total}':<21} {numbers} {clock}"
         tenths = self.done * 10 // self.total
         if sys.stdout.isatty():
-            print(f"\r{line[:79]:<79}", end="\n" if finished else "", flush=True)
+            line = re.sub("  +", "  ", line)[:79]  # 80 columns
+            print(f"\r{line:<79}", end="\n" if finished else "", flush=True)
         elif finished or (metrics and tenths > self.tenths):
             print(line, flush=True)
         self.tenths = tenths
@@ -1629,7 +1632,7 @@ SPELLINGS = r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \
     | - − – — | / \div ÷ ⁄ | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | < \lt | > \gt | ≠ \ne \neq
     | ± \pm | ∓ \mp | ∪ \cup | ∈ \in | ∞ \infty | ° \circ \degree | π \pi | ( \langle ⟨ | ) \rangle ⟩
     | \{ \lbrace | \} \rbrace | \{\} \emptyset \varnothing ∅ | … \ldots \dots | \overline \bar
-    | \frac \dfrac \tfrac \cfrac | \sqrt √ | \frac12 ½ | \frac13 ⅓ | \frac23 ⅔ | \frac14 ¼ | \frac34 ¾
+    | \frac \dfrac \tfrac \cfrac | \frac12 ½ | \frac13 ⅓ | \frac23 ⅔ | \frac14 ¼ | \frac34 ¾
     | ^2 ² | ^3 ³ | \text \mbox \textbf \textit \textrm \textnormal \mathrm \operatorname"""
 PLAIN = {
     old: new.replace("␣", " ")
@@ -1650,7 +1653,9 @@ REWRITES = [
         (r"_\s*\{([0-9]+|\w)\}", r"_\1"),
         (r"(?<=[0-9])\s*,\s+(?=[0-9])", ";"),  # 1, 250 is two numbers, 1,250 one
         (r"(?<![0-9])([0-9]+)\s+([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
-        (r"\\frac\s*([0-9])", r"\\frac{\1}"),
+        (r"√\s*([0-9]+)", r"\\sqrt{\1}"),
+        ("√", r"\\sqrt "),
+        (r"\\(frac|sqrt)\s*([0-9])", r"\\\1{\2}"),  # as LaTeX does: \sqrt23 is \sqrt{2} 3
         (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
         (  # 0.1\overline{6} is 0.10 + 6/90
             r"(?<![0-9])([0-9]*\.([0-9]*))\\overline\s*\{([0-9]+)\}",
@@ -1745,6 +1750,8 @@ def read_answer(text: str) -> Node:
 def read_items(tokens: list[str]) -> tuple[tuple[Node, ...], str]:
     """Read a list; plus-minus makes two items of one."""
     pieces, marks = split(tokens, {",", ";", "or"})
+    if marks and not pieces[0]:
+        raise Unsure(",5 has two readings")
     items = []
     for piece in filter(None, pieces):
         both = {"±", "∓"} & set(piece) and r"\{" not in piece and piece.count("±") < 2
@@ -3120,7 +3127,8 @@ def run_command(options: argparse.Namespace) -> None:
     if options.command == "pretrain":
         return pretrain(Path(options.folder), options.seed)
     if options.command == "plot":
-        return plot([Path(run) for run in options.runs], Path(options.out))
+        plot([Path(run) for run in options.runs], Path(options.out))
+        return print(f"written to {options.out}")
     names = {item.name for item in dataclasses.fields(Config)}
     config = Config(**{k: value for k, value in vars(options).items() if k in names})
     if options.command != "train":

@@ -359,7 +359,7 @@ SAME = r"""
 10\% | 10 | 10\text{ units} | 10^\circ | 10^{\circ} | \$10 | 10 \text{ square inches} | 10 cm | 10 cm^2 | 10 dollars | 10\mathrm{~m} | 10°
 864 \mbox{ inches}^2 | 864
 34\text{ sq. units} | 34 | 34\text{ cm}^{2}
-\sqrt{12} | 2\sqrt{3} | 2\sqrt3 | \sqrt3 \cdot 2 | 2√3 | \sqrt{3}+\sqrt{3} | \frac{6}{\sqrt{3}} | 12^{1/2} | 2 sqrt(3)
+\sqrt{12} | 2\sqrt{3} | 2\sqrt3 | \sqrt3 \cdot 2 | 2√3 | 2 √3 | 2√(3) | \sqrt{3}+\sqrt{3} | \frac{6}{\sqrt{3}} | 12^{1/2} | 2 sqrt(3)
 \frac{\sqrt2}{2} | \frac{1}{\sqrt{2}} | \sqrt{0.5} | \sqrt{\frac12} | 2^{-1/2} | \sin 45^\circ | \cos\frac{\pi}{4}
 \sqrt{2}\sqrt{3} | \sqrt{6}
 \sqrt[3]{8} | 2 | \sqrt4 | \log_2 4 | \sqrt{2}\cdot\sqrt{2}
@@ -598,6 +598,9 @@ listen | silent
 5 | 5 million
 5 | 5 or more
 5 | 5 eighths
+5 | ,5
+0.5 | ,5
+\sqrt{23} | \sqrt23
 5 | 5 \text{ millions}
 5 | 5 \text{ million dollars}
 5 | 5 \text{ thousand people}
