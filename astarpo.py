@@ -48,7 +48,7 @@ THE SYMBOLS.  Each equation has one place in the code, with the same letters:
   x, y             problem, response         Problem, Turn
   r(x, y)          reward                    verify(), dialogue_rewards()
   pi, pi_ref       policy, ref               load_policy(), freeze()
-  log pi(y|x)      logp, ref_logp            turn_logps()
+  log pi(y|x)      logp, ref_logp            token_logps(), update()
   V^*(x), (5)      v_star                    estimate_v_star()
   (6)              loss                      astarpo_loss()
   beta1, beta2     beta1, beta2              Config
@@ -357,7 +357,7 @@ def verify(text: str | None, gold: str | None) -> bool:
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
 # between two responses the ids of the markers and of our next request: the *bridge*.
 
-# The requests, in PAG's words (its appendix). They are all that we ever say to the model.
+# The requests, after those in PAG's appendix. They are all that we ever say to the model.
 SOLVE_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 VERIFY_PROMPT = (
     "Check the math solution step-by-step. If you find a mistake: state the wrong step, explain "
