@@ -1832,6 +1832,8 @@ def read_union(tokens: list[str]) -> Node:
 # Computing: a number is a pair of fractions (real, imaginary). Roots and the like are cut after
 # some hundred decimals; everything else is exact.
 class Number(NamedTuple):
+    """A complex number: its real and imaginary part."""
+
     re: Fraction
     im: Fraction = Fraction(0)
 
@@ -2645,6 +2647,7 @@ class Task:
 
 
 def box(answer: object) -> str:
+    """The answer in its box."""
     return f"\\boxed{{{answer}}}"
 
 
