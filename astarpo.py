@@ -295,7 +295,8 @@ def normalize_answer(answer: str | None) -> str:
     text = (answer or "").strip("* \t\r\n")
     if len(text) > MAX_ANSWER:
         return text  # too long to be read: it will equal itself and nothing else
-    text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))", "", text)
+    separator = r"(?<=[0-9])(?:\{,\}|,\\!|\\,|\\[ ;:](?![0-9]+/))\s*(?=[0-9]{3}(?![0-9]))"
+    text = re.sub(separator, "", text)
     text = text.replace("...", "…").replace("**", "^")
     text = SIGN.sub(lambda sign: PLAIN.get(sign[0], sign[0]), text)
     for pattern, new in REWRITES:
@@ -1646,13 +1647,16 @@ REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in (
         (r"\b([apAP])\.([mM])\b\.?", r"\1\2"),
+        (r"(:[0-9]{2})\s*([aApP][mM])\b", r'\1"\2"'),
         (r"\\text\s*\{([^{}]*)\}", r'"\1"'),
-        (r"\\begin\s*\{[pb]matrix\}", "⟦"),
-        (r"\\end\s*\{[pb]matrix\}", "⟧"),
+        (r"\\begin\s*\{[pb]matrix\}|[(\[]\s*\\begin\s*\{(?:matrix\}|array\}\s*\{[lcr ]*\})", "⟦"),
+        (r"\\end\s*\{[pb]matrix\}|\\end\s*\{(?:matrix|array)\}\s*[)\]]", "⟧"),
+        (r"\\\\\s*\[[0-9.]+\s*[a-z]{2}\]", r"\\\\"),  # the height of a row
         (r"\^\s*(?:\{\s*°\s*\}|°)", "°"),
-        (r"_\s*\{([0-9]+|\w)\}", r"_\1"),
+        (r"_\s*\{([0-9]+|\w)\}", r"_\1 "),  # the space in \log_{2}8 tells the base
+        (r'^([0-9.+-]+°)[ "]*[CF]"?$', r"\1"),
         (r"(?<=[0-9])\s*,\s+(?=[0-9])", ";"),  # 1, 250 is two numbers, 1,250 one
-        (r"(?<![0-9])([0-9]+)\s+([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
+        (r"(?<![0-9_])([0-9]+)\s+([1-9][0-9]*)/([0-9]+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
         (r"√\s*([0-9]+)", r"\\sqrt{\1}"),
         ("√", r"\\sqrt "),
         (r"\\(frac|sqrt)\s*([0-9])", r"\\\1{\2}"),  # as LaTeX does: \sqrt23 is \sqrt{2} 3
@@ -1692,7 +1696,7 @@ FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "ln", "log"}
 BARE = {name: "\\" + name for name in FUNCTIONS | {"sqrt"}}
 BARE |= {"pi": "π", "infinity": "∞", "and": ",", "or": "or"}
 UNIT = re.compile(  # anything in the plural is one, too, but for the words of NO_UNIT
-    "[cmk]?m|ft|in|inch|foot|feet|yd|mile|mi|mph|k?g|lb|oz|s|sec|second|min|minute|hr|hour|day|week"
+    "[cmk]?m|ft|in|inch|foot|feet|yd|mile|mi|mph|k?g|lb|oz|s|sec|second|min|minute|hr?|hour|day|week"
     "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|people|men|women|[a-z]{2,}[a-rt-z]s"
 )
 NO_UNIT = re.compile(  # 5 million dollars is not 5
@@ -1779,15 +1783,15 @@ def read_item(tokens: list[str]) -> Node:
     if set(signs) <= set(">≥"):  # b > x > a is a < x < b
         pieces, signs = pieces[::-1], signs[::-1].translate(str.maketrans(">≥", "<≤"))
     sides = [read_union(piece) for piece in pieces]
-    if signs in "=∈":
+    if signs in ("=", "∈"):
         for n in (0, 1):
             if is_symbol(sides[n]) and is_fixed(sides[1 - n]):
                 return Node("label", " ".join(pieces[n]), (sides[1 - n],))
-    if signs in "=≠":  # (left - right)^2 is the same on whatever side the terms stand
+    if signs in ("=", "≠"):  # (left - right)^2 is the same on whatever side the terms stand
         tokens = ["(", *pieces[0], "-", "(", *pieces[1], ")", ")", "^", "2"]
         return Node("relation", signs, (), tuple(tokens))
     ends = sides
-    if signs in "<≤":  # the other end is infinitely far away
+    if signs in ("<", "≤"):  # the other end is infinitely far away
         first = is_symbol(sides[0])
         ends = [read_union(["-", "∞"]), *sides] if first else [*sides, read_union(["∞"])]
         signs = "<" + signs if first else signs + "<"
@@ -1968,6 +1972,8 @@ class Reader:
             raise Unsure(f"{self.tokens[-1]!r} has no place here, or too many of them")
 
     def whole(self) -> Number:
+        if "∞" in self.tokens and "".join(self.tokens).rstrip("+-") != "∞":
+            raise Unsure("∞ - ∞ is no number")
         value = self.sum()
         if self.tokens != [""]:
             raise Unsure("something is left over")
