@@ -1646,6 +1646,7 @@ BARE_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9
 REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in (
+        (r"\b([0-9]{4})-([01][0-9])-([0-3][0-9])\b", r"\1?\2?\3"),  # a date is no difference
         (r"\b([apAP])\.([mM])\b\.?", r"\1\2"),
         (r"(:[0-9]{2})\s*([aApP][mM])\b", r'\1"\2"'),
         (r"\\text\s*\{([^{}]*)\}", r'"\1"'),
@@ -1697,7 +1698,7 @@ BARE = {name: "\\" + name for name in FUNCTIONS | {"sqrt"}}
 BARE |= {"pi": "π", "infinity": "∞", "and": ",", "or": "or"}
 UNIT = re.compile(  # anything in the plural is one, too, but for the words of NO_UNIT
     "[cmk]?m|ft|in|inch|foot|feet|yd|mile|mi|mph|k?g|lb|oz|s|sec|second|min|minute|hr?|hour|day|week"
-    "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|people|men|women|[a-z]{2,}[a-rt-z]s"
+    "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|rad|celsius|fahrenheit|people|men|women|[a-z]{2,}[a-rt-z]s"
 )
 NO_UNIT = re.compile(  # 5 million dollars is not 5
     "or|and|not?|more|less|fewer|than|least|most|times|plus|minus|perhaps|maybes?|is|was|as|if|to|vs"
@@ -1769,7 +1770,7 @@ def without_unit(tokens: list[str]) -> list[str]:
     start = next((i for i, token in enumerate(tokens) if token[0] == '"'), 0)
     tail = "".join(tokens[start:])
     words = re.findall("[a-z]+", tail.lower()) or [""]
-    shape = re.fullmatch(r'("[^"0-9]*")+(\^(\{[23]\}|[23]))?', tail)
+    shape = re.fullmatch(r'("(?! *M")[^"0-9]*")+(\^(\{[23]\}|[23]))?', tail)
     shape = shape and re.search("[^a-zA-Z]", "".join(tokens[:start]))  # all integers: no unit
     known = UNIT.fullmatch(words[-1]) and not any(map(NO_UNIT.fullmatch, words))
     return tokens[:start] if shape and known else tokens
@@ -1848,6 +1849,7 @@ class Work:
 
     def __init__(self, seed: str) -> None:
         self.seed, self.steps, self.exact, self.logs = seed, 0, True, {}
+        self.parity = False  # (-1)^n is known to be no -1 only where n is even: look longer
         self.scale = 10 ** (200 + 2 * len(seed))
         self.noise = Fraction(10**100, self.scale)  # no value we compute errs as much
         self.go_to(0)
@@ -1893,6 +1895,7 @@ class Work:
         """Square and multiply; a broken exponent is a root, the real one if there is one."""
         top, bottom = y.re.as_integer_ratio()
         if not y.im and bottom % 2 and bottom > 1 and x.re < 0 and not x.im:
+            self.parity |= bottom > 9
             size = self.power(Number(-x.re), y)
             return Number(-size.re) if top % 2 else size
         if y.im or bottom > 2 or bottom == 2 and x.im:
@@ -2142,7 +2145,7 @@ def agree(a: Node, b: Node, work: Work) -> bool:
         if work.extreme and not work.exact or max(abs(x.re - y.re), abs(x.im - y.im)) > error:
             return False
         agreed += 1
-        if not count or agreed > 2 and point + 2 > 2**count:
+        if not count or agreed > 2 and point + 2 > 2**count and not work.parity:
             return count > 0 or a.kind == "value"
     return agreed > 1
 

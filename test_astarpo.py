@@ -345,6 +345,10 @@ def test_batches_hold_everything_once_within_the_budget(lengths, budget):
 
 # Each line holds answers that all mean the same; every pair of a line is tested, both ways.
 SAME = r"""
+(-1)^{n+1} | -(-1)^n | (-1)^{n+3}
+60 | 60\text{ rad}
+72 | 72\text{ degrees Fahrenheit}
+2020-01-02 | \text{2020-01-02}
 12\ 345 | 12,345 | 12\;345
 -3<x\leq 4 | (-3,4] | 4 \ge x > -3
 0<\theta\le\frac{\pi}{2} | (0,\pi/2]
@@ -457,6 +461,11 @@ s^2 \le 8r^2 | 8r^2 \ge s^2
 """
 
 DIFFERENT = r"""
+(-1)^{n} | -1 | 1
+2020-01-02 | 2017 | 2020-02-01
+\text{2020-01-02} | 2017
+\$1.5\text{M} | 1.5
+5\text{ M} | 5
 x=5\in\{6,7\} | 5
 x+y=3\ne4 | x+y=3\ne5
 -3<x\le4 | [-3,4)
