@@ -263,7 +263,7 @@ def extract_answer(text: str | None) -> str | None:
     rest = tail[ends[-1] :].lstrip("* \t\r\n")
     line = re.match(r"(?:\\\[.*?\\\]|\$\$.*?\$\$)?[^\n]*", rest, re.DOTALL)[0]
     line = re.split(r"[.!]\**\s+(?=[A-Z])", line)[0][: MAX_ANSWER + 1]
-    line = line.lstrip("*$ \t").rstrip("*$.,;: \t\r\n")
+    line = line.lstrip("*$` \t").rstrip("*$`.,;: \t\r\n")
     line = line.removeprefix(r"\(").removeprefix(r"\[").removesuffix(r"\)").removesuffix(r"\]")
     line = line.strip()
     return line if 0 < len(line) <= MAX_ANSWER else None
@@ -301,7 +301,7 @@ def normalize_answer(answer: str | None) -> str:
     text = SIGN.sub(lambda sign: PLAIN.get(sign[0], sign[0]), text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    text = text.rstrip(" .,;:")
+    text = text.rstrip(" .,;:\\")
     return BARE_THOUSANDS.sub(lambda m: m[0] if inside_brackets(m) else m[0].replace(",", ""), text)
 
 

@@ -345,6 +345,7 @@ def test_batches_hold_everything_once_within_the_budget(lengths, budget):
 
 # Each line holds answers that all mean the same; every pair of a line is tested, both ways.
 SAME = r"""
+42 | 42\\ | \ 42\
 (-1)^{n+1} | -(-1)^n | (-1)^{n+3}
 60 | 60\text{ rad}
 72 | 72\text{ degrees Fahrenheit}
@@ -758,6 +759,8 @@ def test_different_answers(a: str, b: str) -> None:
 
 
 EXTRACTIONS = [
+    ("The answer is `42`.", "42"),
+    ("The answer is `42` or `43`.", "42` or `43"),
     (r"so \boxed{5}", "5"),
     (r"\boxed{5} then \boxed{6}", "6"),
     (r"\boxed{5} and \fbox{7}", "7"),
