@@ -263,7 +263,7 @@ def extract_answer(text: str | None) -> str | None:
     rest = tail[ends[-1] :].lstrip("* \t\r\n")
     line = re.match(r"(?:\\\[.*?\\\]|\$\$.*?\$\$)?[^\n]*", rest, re.DOTALL)[0]
     line = re.split(r"[.!]\**\s+(?=[A-Z])", line)[0][: MAX_ANSWER + 1]
-    line = line.lstrip("*$ \t").rstrip("*$.,;: \t\r\n")
+    line = line.lstrip("*$` \t").rstrip("*$`.,;: \t\r\n")
     line = line.removeprefix(r"\(").removeprefix(r"\[").removesuffix(r"\)").removesuffix(r"\]")
     line = line.strip()
     return line if 0 < len(line) <= MAX_ANSWER else None
@@ -295,12 +295,13 @@ def normalize_answer(answer: str | None) -> str:
     text = (answer or "").strip("* \t\r\n")
     if len(text) > MAX_ANSWER:
         return text  # too long to be read: it will equal itself and nothing else
-    text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))", "", text)
+    separator = r"(?<=[0-9])(?:\{,\}|,\\!|\\,|\\[ ;:](?![0-9]+/))\s*(?=[0-9]{3}(?![0-9]))"
+    text = re.sub(separator, "", text)
     text = text.replace("...", "…").replace("**", "^")
     text = SIGN.sub(lambda sign: PLAIN.get(sign[0], sign[0]), text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    text = text.rstrip(" .,;:")
+    text = text.rstrip(" .,;:\\")
     return BARE_THOUSANDS.sub(lambda m: m[0] if inside_brackets(m) else m[0].replace(",", ""), text)
 
 
@@ -1645,14 +1646,18 @@ BARE_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9
 REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in (
+        (r"\b([0-9]{4})-([01][0-9])-([0-3][0-9])\b", r"\1?\2?\3"),  # a date is no difference
         (r"\b([apAP])\.([mM])\b\.?", r"\1\2"),
+        (r"(:[0-9]{2})\s*([aApP][mM])\b", r'\1"\2"'),
         (r"\\text\s*\{([^{}]*)\}", r'"\1"'),
-        (r"\\begin\s*\{[pb]matrix\}", "⟦"),
-        (r"\\end\s*\{[pb]matrix\}", "⟧"),
+        (r"\\begin\s*\{[pb]matrix\}|[(\[]\s*\\begin\s*\{(?:matrix\}|array\}\s*\{[lcr ]*\})", "⟦"),
+        (r"\\end\s*\{[pb]matrix\}|\\end\s*\{(?:matrix|array)\}\s*[)\]]", "⟧"),
+        (r"\\\\\s*\[[0-9.]+\s*[a-z]{2}\]", r"\\\\"),  # the height of a row
         (r"\^\s*(?:\{\s*°\s*\}|°)", "°"),
-        (r"_\s*\{([0-9]+|\w)\}", r"_\1"),
+        (r"_\s*\{([0-9]+|\w)\}", r"_\1 "),  # the space in \log_{2}8 tells the base
+        (r'^([0-9.+-]+°)[ "]*[CF]"?$', r"\1"),
         (r"(?<=[0-9])\s*,\s+(?=[0-9])", ";"),  # 1, 250 is two numbers, 1,250 one
-        (r"(?<![0-9])([0-9]+)\s+([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
+        (r"(?<![0-9_])([0-9]+)\s+([1-9][0-9]*)/([0-9]+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
         (r"√\s*([0-9]+)", r"\\sqrt{\1}"),
         ("√", r"\\sqrt "),
         (r"\\(frac|sqrt)\s*([0-9])", r"\\\1{\2}"),  # as LaTeX does: \sqrt23 is \sqrt{2} 3
@@ -1692,8 +1697,8 @@ FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "ln", "log"}
 BARE = {name: "\\" + name for name in FUNCTIONS | {"sqrt"}}
 BARE |= {"pi": "π", "infinity": "∞", "and": ",", "or": "or"}
 UNIT = re.compile(  # anything in the plural is one, too, but for the words of NO_UNIT
-    "[cmk]?m|ft|in|inch|foot|feet|yd|mile|mi|mph|k?g|lb|oz|s|sec|second|min|minute|hr|hour|day|week"
-    "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|people|men|women|[a-z]{2,}[a-rt-z]s"
+    "[cmk]?m|ft|in|inch|foot|feet|yd|mile|mi|mph|k?g|lb|oz|s|sec|second|min|minute|hr?|hour|day|week"
+    "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|rad|celsius|fahrenheit|people|men|women|[a-z]{2,}[a-rt-z]s"
 )
 NO_UNIT = re.compile(  # 5 million dollars is not 5
     "or|and|not?|more|less|fewer|than|least|most|times|plus|minus|perhaps|maybes?|is|was|as|if|to|vs"
@@ -1765,7 +1770,7 @@ def without_unit(tokens: list[str]) -> list[str]:
     start = next((i for i, token in enumerate(tokens) if token[0] == '"'), 0)
     tail = "".join(tokens[start:])
     words = re.findall("[a-z]+", tail.lower()) or [""]
-    shape = re.fullmatch(r'("[^"0-9]*")+(\^(\{[23]\}|[23]))?', tail)
+    shape = re.fullmatch(r'("(?! *M")[^"0-9]*")+(\^(\{[23]\}|[23]))?', tail)
     shape = shape and re.search("[^a-zA-Z]", "".join(tokens[:start]))  # all integers: no unit
     known = UNIT.fullmatch(words[-1]) and not any(map(NO_UNIT.fullmatch, words))
     return tokens[:start] if shape and known else tokens
@@ -1779,15 +1784,15 @@ def read_item(tokens: list[str]) -> Node:
     if set(signs) <= set(">≥"):  # b > x > a is a < x < b
         pieces, signs = pieces[::-1], signs[::-1].translate(str.maketrans(">≥", "<≤"))
     sides = [read_union(piece) for piece in pieces]
-    if signs in "=∈":
+    if signs in ("=", "∈"):
         for n in (0, 1):
             if is_symbol(sides[n]) and is_fixed(sides[1 - n]):
                 return Node("label", " ".join(pieces[n]), (sides[1 - n],))
-    if signs in "=≠":  # (left - right)^2 is the same on whatever side the terms stand
+    if signs in ("=", "≠"):  # (left - right)^2 is the same on whatever side the terms stand
         tokens = ["(", *pieces[0], "-", "(", *pieces[1], ")", ")", "^", "2"]
         return Node("relation", signs, (), tuple(tokens))
     ends = sides
-    if signs in "<≤":  # the other end is infinitely far away
+    if signs in ("<", "≤"):  # the other end is infinitely far away
         first = is_symbol(sides[0])
         ends = [read_union(["-", "∞"]), *sides] if first else [*sides, read_union(["∞"])]
         signs = "<" + signs if first else signs + "<"
@@ -1846,6 +1851,7 @@ class Work:
 
     def __init__(self, seed: str) -> None:
         self.seed, self.steps, self.exact, self.logs = seed, 0, True, {}
+        self.parity = False  # (-1)^n is known to be no -1 only where n is even: look longer
         self.scale = 10 ** (200 + 2 * len(seed))
         self.noise = Fraction(10**100, self.scale)  # no value we compute errs as much
         self.go_to(0)
@@ -1891,6 +1897,7 @@ class Work:
         """Square and multiply; a broken exponent is a root, the real one if there is one."""
         top, bottom = y.re.as_integer_ratio()
         if not y.im and bottom % 2 and bottom > 1 and x.re < 0 and not x.im:
+            self.parity |= bottom > 9
             size = self.power(Number(-x.re), y)
             return Number(-size.re) if top % 2 else size
         if y.im or bottom > 2 or bottom == 2 and x.im:
@@ -1970,6 +1977,8 @@ class Reader:
             raise Unsure(f"{self.tokens[-1]!r} has no place here, or too many of them")
 
     def whole(self) -> Number:
+        if "∞" in self.tokens and "".join(self.tokens).rstrip("+-") != "∞":
+            raise Unsure("∞ - ∞ is no number")
         value = self.sum()
         if self.tokens != [""]:
             raise Unsure("something is left over")
@@ -2138,7 +2147,7 @@ def agree(a: Node, b: Node, work: Work) -> bool:
         if work.extreme and not work.exact or max(abs(x.re - y.re), abs(x.im - y.im)) > error:
             return False
         agreed += 1
-        if not count or agreed > 2 and point + 2 > 2**count:
+        if not count or agreed > 2 and point + 2 > 2**count and not work.parity:
             return count > 0 or a.kind == "value"
     return agreed > 1
 

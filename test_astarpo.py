@@ -345,6 +345,21 @@ def test_batches_hold_everything_once_within_the_budget(lengths, budget):
 
 # Each line holds answers that all mean the same; every pair of a line is tested, both ways.
 SAME = r"""
+42 | 42\\ | \ 42\
+(-1)^{n+1} | -(-1)^n | (-1)^{n+3}
+60 | 60\text{ rad}
+72 | 72\text{ degrees Fahrenheit}
+2020-01-02 | \text{2020-01-02}
+12\ 345 | 12,345 | 12\;345
+-3<x\leq 4 | (-3,4] | 4 \ge x > -3
+0<\theta\le\frac{\pi}{2} | (0,\pi/2]
+10:15 AM | 10:15\text{ am} | 10:15 \text{ a.m.}
+60 | 60\text{ km/h}
+3 | \log_{2}8 | \log_2 8 | \log_{2}{8}
+x_{1}y | x_1 y | yx_1
+18 | 18^\circ\text{C} | 18°C | 18^{\circ}\text{ F}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} | \left[\begin{array}{cc}1&2\\3&4\end{array}\right] | (\begin{matrix}1&2\\3&4\end{matrix})
+\begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{bmatrix} 1&2\\[2pt]3&4\\ \end{bmatrix}
 42 | 42. | $42$ | \(42\) | 42.0 | +42 | {42} | (42) | **42** | \boldsymbol{42} | \text{42} | \mathbf{42} | \boxed{42}
 10000 | 10,000 | 10{,}000 | 10\,000 | 10,\!000 | 10,\! 000 | 10^4 | \$10,000 | 1 \times 10^{4} | 1e4
 1008016 | 1,008,016 | 1{,}008{,}016 | 1,\!008,\!016
@@ -447,6 +462,27 @@ s^2 \le 8r^2 | 8r^2 \ge s^2
 """
 
 DIFFERENT = r"""
+(-1)^{n} | -1 | 1
+2020-01-02 | 2017 | 2020-02-01
+\text{2020-01-02} | 2017
+\$1.5\text{M} | 1.5
+5\text{ M} | 5
+x=5\in\{6,7\} | 5
+x+y=3\ne4 | x+y=3\ne5
+-3<x\le4 | [-3,4)
+0\infty | 0
+\infty-\infty | 0
+\frac{\infty}{\infty} | 1
+2\ 100/700 | 3
+10 000/3 | 10
+10\ 000/3 | 10
+x_{1}0 | x_{10}
+10:15 AM | 10:15 PM
+10:15 AM | 10:15
+\left|\begin{array}{cc}1&2\\3&4\end{array}\right| | \begin{pmatrix}1&2\\3&4\end{pmatrix}
+(\begin{array}{c}1\\2\end{array}) | (1,2)
+\sin 30^\circ C | \sin 30^\circ
+\log_2 1/2 | -1
 42 | 43
 42 | -42
 42 | 420
@@ -723,6 +759,8 @@ def test_different_answers(a: str, b: str) -> None:
 
 
 EXTRACTIONS = [
+    ("The answer is `42`.", "42"),
+    ("The answer is `42` or `43`.", "42` or `43"),
     (r"so \boxed{5}", "5"),
     (r"\boxed{5} then \boxed{6}", "6"),
     (r"\boxed{5} and \fbox{7}", "7"),
