@@ -1702,6 +1702,7 @@ UNIT = re.compile(  # anything in the plural is one, too, but for the words of N
     "|hour|day|week|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|rad|celsius|fahrenheit"
     "|people|(wo)?men|children|[a-z]{2,}[a-rt-z]s"
 )
+WORD = re.compile(UNIT.pattern + "|no|pm|(?=.*[eiou]).{3,}")
 NO_UNIT = re.compile(  # 5 million dollars is not 5
     "or|and|not?|more|less|fewer|than|least|most|times|plus|minus|perhaps|maybes?|is|was|as|if|to|vs"
     "|from|over|under|above|below|point|ten(s|ths)?|(hal[fv]|quarter|zero|one|two|thir|four|fort|fi[fv]"
@@ -1720,12 +1721,10 @@ def tokenize(text: str) -> list[str]:
         low = token.lower()
         if low.strip('", ') in BARE:
             tokens.append(BARE[low.strip('", ')])
-        elif len(token) == 1 or not token.isalpha():
-            tokens.append(token)
-        elif UNIT.fullmatch(low) or re.fullmatch("no|pm|(?=.*[eiou]).{3,}", low):
+        elif len(token) > 1 and token.isalpha() and WORD.fullmatch(low):
             tokens.append(f'"{token}"')
         else:  # AB is one name, xy is a product
-            tokens.extend([token] if token.isupper() else token)
+            tokens.extend(token if token.isalpha() and not token.isupper() else [token])
     return tokens
 
 
@@ -2139,9 +2138,9 @@ def matched(a: tuple[Node, ...], b: tuple[Node, ...], work: Work) -> bool:
 
 def prose(text: str) -> str:
     """Fold the case and the spacing of words and times, but of nothing that may be algebra."""
-    if not re.fullmatch(r"(?=.*\")[\w\s.:'\"-]+", text):
+    if not re.fullmatch(r"(?=.*\")(?=.*[a-zA-Z]{2})[\w\s.:'\"-]+", text):
         return text
-    return re.sub(r"(?<![0-9])[\s\".]|[\s\".](?![0-9])", "", text.upper())
+    return re.sub(r"(?<![0-9])[\s\".]|[\s\".](?![0-9])", "", text.lower())
 
 
 def agree(a: Node, b: Node, work: Work) -> bool:

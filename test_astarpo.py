@@ -480,6 +480,7 @@ DIFFERENT = r"""
 yes | yes or no
 42 | 42 or | or 42 | 42 and
 \text{A} | a
+\text{m} | M
 \frac{y}{x} | \frac{dy}{dx}
 x | \frac{d}{dx}(x^2)
 x \ne 5 | x \ne 6 | y \ne 5 | (-\infty,5]\cup(5,\infty) | \mathbb{R}
@@ -489,6 +490,10 @@ f(x) = 2x | g(x) = 2x | y = 2x | 2t | f(x)+1 = 2x
 (x,y) = (1,2) | (a,b) = (1,2)
 3 | 3 point 5 | 3\text{ point }5
 1,250(x+1) | 1(x+1)
+5 | 5\text{ out of }6 | 5\text{ of }6 | 5R2 | 5+ | 5- | 3 \times 5 | 5:6 | 5 \& 6
+5\text{ January} | 5
+\overline{AB} | AB
+\sqrt{10}+\sqrt{11} | \sqrt{5}+\sqrt{18}
 (-1)^{n} | -1 | 1
 2020-01-02 | 2017 | 2020-02-01
 \text{2020-01-02} | 2017
