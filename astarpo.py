@@ -475,8 +475,11 @@ def load_policy(config: Config) -> Policy:
     ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
     ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
     policy = Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
+    policy.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
+    if config.gradient_checkpointing:
+        policy.model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
 
 
@@ -1148,7 +1151,8 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     spread(policy, ref, config)  # over several devices, if there are
     before, base_dialogues = first_evaluation(policy, held_out, config, folder)
     v_star, problems = first_stage(ref, problems, config, folder, mark, said)
-    learning = [p for p in policy.model.parameters() if p.requires_grad]
+    with policy.active():  # what LoRA has frozen is not learned
+        learning = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=0.0)
     history, evaluations = restore(folder, policy, optimizer, config)
     progress = Progress("stage 2", config.steps, len(history))
@@ -1408,7 +1412,9 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     quiet_libraries()
     path = local(name)
     path = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # the folder of a run
-    if not path.exists():
+    if path.exists():
+        path = path.resolve()  # an adapter's checkpoint remembers where its base lies
+    else:
         if name.count("/") != 1:  # a hub id is owner/name
             raise UsageError(f"--model {name}: no such folder")
         print(f"{name} is no folder here: looking on the Hugging Face hub")
@@ -2534,12 +2540,13 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         told.append(Dialogue(problem, ids, [turn]))
     lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in told]
     progress = Progress("verifier pool", len(told))
-    for batch in token_batches(lengths, config.rollout_tokens):
-        chosen = [told[i] for i in batch]
-        unused = np.zeros((len(chosen), config.max_new_tokens))  # greedy: no random numbers
-        memory = Memory(len(chosen), policy.device)
-        take_turn(policy, chosen, memory, "verify", unused, temperature=0.0)
-        progress.advance(len(batch))
+    with gathered(policy.model):
+        for batch in token_batches(lengths, config.rollout_tokens):
+            chosen = [told[i] for i in batch]
+            unused = np.zeros((len(chosen), config.max_new_tokens))  # greedy: no random numbers
+            memory = Memory(len(chosen), policy.device)
+            take_turn(policy, chosen, memory, "verify", unused, temperature=0.0)
+            progress.advance(len(batch))
     judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
     return confusion(judged, "verifier_pool")
 
@@ -3427,7 +3434,8 @@ def add_adapters(policy: Policy, rank: int, seed: int) -> None:
         raise UsageError("--lora needs the package peft: pip install peft") from error
     torch.manual_seed(seed)
     policy.model.requires_grad_(False)
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, **kind)
     policy.model.add_adapter(lora)
     for parameter in policy.model.parameters():
         if parameter.requires_grad:
@@ -3747,9 +3755,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         status, message = 1, str(error)
     except RuntimeError as error:
-        if world()[1] == 1:
-            raise
         lost = str(error).strip().split("\n")[0]
+        if world()[1] == 1 or not re.search("peer|connection|timed? ?out|nccl", lost, re.IGNORECASE):
+            raise
         status, message = 1, f"another process of this run is gone ({lost}); go on with --resume"
     except KeyboardInterrupt:
         status, message = 1, "stopped"
