@@ -262,7 +262,7 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^]{}]*\]\s*)*|\\.|[{}]", re.DOTALL)
 PHRASE = re.compile(
-    r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|####(?! *final answer)|^[#* ]*final answer[* ]*$",
+    r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|####(?! *final answer)|^[#* ]*final answer[#* ]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 REASON = re.compile(r"[.!]\**\s+(?=[A-Z])|,? (?:since|because|as (?:required|desired))\b")
@@ -2309,9 +2309,10 @@ def matched(a: tuple[Node, ...], b: tuple[Node, ...], work: Work) -> bool:
 
 def prose(text: str) -> str:
     """Fold the case and the spacing of words and times, but of nothing that may be algebra."""
-    if not re.fullmatch(r"(?=.*\")(?=.*[a-zA-Z]{2})[\w\s.:'\"-]+", text):
+    if not re.fullmatch(r"(?=.*\")[\w\s.:'\"-]+", text):
         return text
-    return re.sub(r"(?<![0-9])[\s\".]|[\s\".](?![0-9])", "", text.lower())
+    words = text.lower() if re.search("[a-zA-Z]{2}", text) else text  # \text{m} is not M
+    return re.sub(r"(?<![0-9])[\s\".]|[\s\".](?![0-9])", "", words)
 
 
 def agree(a: Node, b: Node, work: Work) -> bool:

@@ -838,7 +838,7 @@ EXTRACTIONS = [
     ("The answer is $x = 5$, as required.", "x = 5"),
     ("### Final Answer\n42", "42"),
     ("**Final Answer**\n\n$$42$$", "42"),
-    ("#### Final Answer\n\n**42**", "42"),
+    ("#### Final Answer ####\n\n**42**", "42"),
     ("What is the final answer\n42", None),
     ("42", None),
     ("so it is 42.", None),
