@@ -93,6 +93,7 @@ import tempfile
 import textwrap
 import time
 import types
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -1401,6 +1402,7 @@ def quiet_libraries() -> None:
     """No progress bars and warnings of others between our lines."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     hub_logging.set_verbosity_error()
 
 
@@ -3769,7 +3771,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, message = 1, str(error)
     except RuntimeError as error:
         lost = str(error).strip().split("\n")[0]
-        if world()[1] == 1 or not re.search("peer|connection|timed? ?out|nccl", lost, re.IGNORECASE):
+        if world()[1] == 1 or not re.search(
+            "peer|connection|timed? ?out|nccl", lost, re.IGNORECASE
+        ):
             raise
         status, message = 1, f"another process of this run is gone ({lost}); go on with --resume"
     except KeyboardInterrupt:
