@@ -1494,8 +1494,8 @@ def load_problems(
     taken = short[: limit or None]
     print(f"{source}: {len(taken)} of {len(problems)} problems, such as")
     for problem in taken[:2]:
-        text = textwrap.shorten(problem.problem, 56, placeholder="...")
-        print(f"  {text} -> {textwrap.shorten(problem.answer, 16, placeholder='...')}")
+        text = " ".join(problem.problem.split())
+        print(f"  {text[:56]}{'...' * (len(text) > 56)} -> {problem.answer[:16]}")
     return taken
 
 
@@ -3358,13 +3358,16 @@ def save_state(
     place = folder / f"state-{step}"
     partial = place.with_name(place.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    with (partial / "training.pt").open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    write_json(partial / "state.json", {"step": step, "training.pt": size})
+    try:
+        partial.mkdir()
+        with (partial / "training.pt").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        write_json(partial / "state.json", {"step": step, "training.pt": size})
+    except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
+        raise RunError(f"{place} cannot be saved ({error}); go on with --resume") from error
     shutil.rmtree(place, ignore_errors=True)  # one that could not be used
     partial.rename(place)
     for old in states(folder)[:-2]:

@@ -6,6 +6,7 @@ Run with `pytest`; about a minute.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import doctest
 import itertools
@@ -1537,6 +1538,26 @@ def test_another_kind_of_model_without_chat_template_or_pad_token_trains(tmp_pat
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("system", ["", "<|system|>Be brief.<|end|>"])
+def test_a_dialogue_is_what_the_template_would_write_with_its_bos_and_system_turn(
+    system, base, problems
+):
+    policy = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer))
+    policy.tokenizer.add_special_tokens({"bos_token": "<|pad|>"})
+    policy.tokenizer.add_bos_token = True
+    policy.tokenizer.chat_template = "{{ bos_token }}" + system + base.tokenizer.chat_template
+    dialogue = A.rollout(policy, problems[:1], A.Config(max_new_tokens=40), 1)[0]
+    assert len(dialogue.turns) > 1 and all(turn.ended for turn in dialogue.turns)
+    said = [{"role": "user", "content": A.SOLVE_PROMPT.replace("{problem}", problems[0].problem)}]
+    for turn in dialogue.turns:
+        said.append({"role": "assistant", "content": turn.text})
+        request = A.REVISE_PROMPT if turn.role == "verify" else A.VERIFY_PROMPT
+        said.append({"role": "user", "content": request})
+    whole = policy.tokenizer.apply_chat_template(said[:-1], tokenize=False)
+    assert policy.tokenizer.decode(dialogue.ids) == whole
+    assert dialogue.ids.count(policy.tokenizer.bos_token_id) == 1
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 
@@ -1873,6 +1894,7 @@ def test_given_options_count_before_a_config_file_and_that_before_a_preset(finis
 
 
 def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, problems, tmp_path):
+    pytest.importorskip("peft")  # an optional package
     config = quick(lora=4, lr=1e-2, out=str(tmp_path / "run"), max_new_tokens=24)
     A.train(config)
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
