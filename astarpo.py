@@ -75,6 +75,7 @@ RUN IT.     python astarpo.py train         (about a minute on a laptop; no down
 from __future__ import annotations
 
 import argparse
+import atexit
 import cmath
 import contextlib
 import copy
@@ -1615,7 +1616,9 @@ def describe(config: Config, policy: Policy) -> dict[str, Any]:
 def new_folder(path: str, suffix: str = "") -> Path:
     """Make a folder for results. Raises UsageError rather than touch what is there already."""
     if world()[0]:  # of several processes the first one writes; the others' copies are forgotten
-        return Path(tempfile.mkdtemp())
+        copy_of_it = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, copy_of_it, ignore_errors=True)
+        return copy_of_it
     folder = Path(path or time.strftime("runs/%Y%m%d-%H%M%S") + suffix)
     try:
         if folder.is_dir() and any(folder.iterdir()):
@@ -3465,17 +3468,23 @@ def merged_adapters(path: Path, options: dict[str, Any]) -> Any:
     return AutoPeftModelForCausalLM.from_pretrained(str(path), **options).merge_and_unload()
 
 
+def blocks(model: Any) -> list[Any]:
+    """The layers of a transformer, whatever the architecture calls them."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
 @contextlib.contextmanager
 def recomputing(model: Any) -> Iterator[None]:
     """--gradient-checkpointing, where a gradient will be wanted. transformers does it in training
     mode only, which would wake dropout as well: so only the layers' own flags are set, and only
     here (while sampling it would switch the cache off)."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
-    yield
-    for layer in layers:
-        layer.training = False
+    try:
+        for layer in blocks(model):
+            layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
+        yield
+    finally:
+        for layer in blocks(model):
+            layer.training = False
 
 
 def halve_micro_batches(dialogues: Sequence[Dialogue], config: Config) -> None:
@@ -3551,7 +3560,7 @@ def spread(policy: Policy, ref: Policy, config: Config) -> None:
         return
     mesh = init_device_mesh(policy.device.type, (world()[1],))
     for model in (policy.model, ref.model):
-        for layer in model.get_decoder().layers:
+        for layer in blocks(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)  # the rest, with the (often tied) embeddings
         model.score_tokens = types.MethodType(score_tokens, model)
