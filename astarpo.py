@@ -63,7 +63,7 @@ appendix: what the lesson needs around it.
             6 sampling      7 V*          8 the loss  9 PAG's turns
            10 training     11 evaluation
   Part II   A errors and progress   B loading and saving   C the algebra of answers
-            D the report            E how sure can we be?  F watching a run
+            D the report            E the numbers          F watching a run
             G our own problems      H the base model       I runs that survive
             J large models, several devices                K the command line
 
@@ -1190,65 +1190,13 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 # about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict. A
 # trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
 # turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong.
+# What is counted, with its error bars, is in Part II, E.
 
 
 def mean(values: Iterable[float]) -> float | None:
     """The mean, or None where there is nothing to average: 'none' is not 'zero'."""
     values = list(values)
     return sum(values) / len(values) if values else None
-
-
-def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str, float | None]:
-    """What (verdict, truth) pairs say of a verifier; a missing verdict is a miss. Precision: the
-    share of right ones among the attempts that it called correct.
-
-    >>> confusion([(True, True), (True, True), (True, True), (True, False)], "v")["v_balanced_acc"]
-    0.5
-    """
-    pairs = list(pairs)
-    on_right = mean(verdict is True for verdict, truth in pairs if truth)
-    on_wrong = mean(verdict is False for verdict, truth in pairs if not truth)
-    recalls = (on_right, on_wrong)
-    return {
-        f"{name}_acc": mean(verdict == truth for verdict, truth in pairs),
-        f"{name}_balanced_acc": None if None in recalls else mean(recalls),
-        f"{name}_recall_right": on_right,
-        f"{name}_recall_wrong": on_wrong,
-        f"{name}_precision": mean(truth for verdict, truth in pairs if verdict is True),
-    }
-
-
-def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
-    """What there is to say about some dialogues; a training batch and an evaluation share it."""
-    turns = [turn for d in dialogues for turn in d.turns]
-    attempts = [turn for d in dialogues for turn in d.attempts]
-    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
-    revised = [pair for d in dialogues for pair in zip(d.attempts, d.attempts[1:])]
-    firsts = [d.attempts[0].text for d in dialogues]
-    by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
-    return {
-        "acc_t1": mean(d.attempts[0].correct for d in dialogues),
-        "acc_final": mean(d.attempts[-1].correct for d in dialogues),
-        **confusion(judged, "verifier"),
-        "revision_rate": mean(len(d.attempts) > 1 for d in dialogues),
-        "answer_change_ratio": mean(not is_equiv(b.answer, a.answer) for a, b in revised),
-        "fixed": sum(not a.correct and b.correct for a, b in revised),
-        "broken": sum(a.correct and not b.correct for a, b in revised),
-        **{f"reward_{role}": mean(t.reward for t in made) for role, made in by_role.items()},
-        "response_tokens": mean(turn.end - turn.start for turn in turns),
-        **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
-        "no_answer_rate": mean(turn.answer is None for turn in attempts),
-        "truncated_rate": mean(not turn.ended for turn in turns),
-        "same_text_rate": max(Counter(firsts).values()) / len(firsts),  # 1: all alike
-    }
-
-
-def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    """`statistics` as a report has it: with n, the number of problems, and with intervals."""
-    numbers = {"n": len(by_problem(dialogues)), **statistics(dialogues)}
-    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
-    ends = {"acc_t1_ci": 0, "acc_final_ci": -1}
-    return numbers | {name: interval(scores(dialogues, place)) for name, place in ends.items()}
 
 
 def evaluate_policy(
@@ -2424,12 +2372,65 @@ def print_dialogue(dialogue: Dialogue) -> None:
         print(f"           ({verdict})")
 
 
-# --- E. How sure can we be? -----------------------------------------------------------------------
+# --- E. The numbers, and how sure they are --------------------------------------------------------
 # 500 problems are a sample: "0.94" may be 0.92 or 0.96, and "better by 0.01" may be luck. So an
 # accuracy comes with a 95 % interval, and two models are compared on the same problems: only those
 # that one of them solved and the other did not say which is better. With --samples K the K attempts
 # at a problem can vote: by plain majority (*self-consistency*), or PAG's way, where only attempts
 # that the model's own check accepted have a vote. If checking is worth anything, that vote wins.
+
+
+def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str, float | None]:
+    """What (verdict, truth) pairs say of a verifier; a missing verdict is a miss. Precision: the
+    share of right ones among the attempts that it called correct.
+
+    >>> confusion([(True, True), (True, True), (True, True), (True, False)], "v")["v_balanced_acc"]
+    0.5
+    """
+    pairs = list(pairs)
+    on_right = mean(verdict is True for verdict, truth in pairs if truth)
+    on_wrong = mean(verdict is False for verdict, truth in pairs if not truth)
+    recalls = (on_right, on_wrong)
+    return {
+        f"{name}_acc": mean(verdict == truth for verdict, truth in pairs),
+        f"{name}_balanced_acc": None if None in recalls else mean(recalls),
+        f"{name}_recall_right": on_right,
+        f"{name}_recall_wrong": on_wrong,
+        f"{name}_precision": mean(truth for verdict, truth in pairs if verdict is True),
+    }
+
+
+def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
+    """What there is to say about some dialogues; a training batch and an evaluation share it."""
+    turns = [turn for d in dialogues for turn in d.turns]
+    attempts = [turn for d in dialogues for turn in d.attempts]
+    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
+    revised = [pair for d in dialogues for pair in zip(d.attempts, d.attempts[1:])]
+    firsts = [d.attempts[0].text for d in dialogues]
+    by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
+    return {
+        "acc_t1": mean(d.attempts[0].correct for d in dialogues),
+        "acc_final": mean(d.attempts[-1].correct for d in dialogues),
+        **confusion(judged, "verifier"),
+        "revision_rate": mean(len(d.attempts) > 1 for d in dialogues),
+        "answer_change_ratio": mean(not is_equiv(b.answer, a.answer) for a, b in revised),
+        "fixed": sum(not a.correct and b.correct for a, b in revised),
+        "broken": sum(a.correct and not b.correct for a, b in revised),
+        **{f"reward_{role}": mean(t.reward for t in made) for role, made in by_role.items()},
+        "response_tokens": mean(turn.end - turn.start for turn in turns),
+        **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
+        "no_answer_rate": mean(turn.answer is None for turn in attempts),
+        "truncated_rate": mean(not turn.ended for turn in turns),
+        "same_text_rate": max(Counter(firsts).values()) / len(firsts),  # 1: all alike
+    }
+
+
+def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+    """`statistics` as a report has it: with n, the number of problems, and with intervals."""
+    numbers = {"n": len(by_problem(dialogues)), **statistics(dialogues)}
+    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
+    ends = {"acc_t1_ci": 0, "acc_final_ci": -1}
+    return numbers | {name: interval(scores(dialogues, place)) for name, place in ends.items()}
 
 
 def wilson(successes: float, n: int) -> list[float]:
