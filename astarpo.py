@@ -63,7 +63,7 @@ appendix: what the lesson needs around it.
             6 sampling      7 V*          8 the loss  9 PAG's turns
            10 training     11 evaluation
   Part II   A errors and progress   B loading and saving   C the algebra of answers
-            D the report            E how sure can we be?  F watching a run
+            D the report            E the numbers          F watching a run
             G our own problems      H the base model       I runs that survive
             J large models, several devices                K the command line
 
@@ -75,6 +75,7 @@ RUN IT.     python astarpo.py train         (about a minute on a laptop; no down
 from __future__ import annotations
 
 import argparse
+import atexit
 import cmath
 import contextlib
 import copy
@@ -1189,65 +1190,13 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 # about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict. A
 # trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
 # turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong.
+# What is counted, with its error bars, is in Part II, E.
 
 
 def mean(values: Iterable[float]) -> float | None:
     """The mean, or None where there is nothing to average: 'none' is not 'zero'."""
     values = list(values)
     return sum(values) / len(values) if values else None
-
-
-def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str, float | None]:
-    """What (verdict, truth) pairs say of a verifier; a missing verdict is a miss. Precision: the
-    share of right ones among the attempts that it called correct.
-
-    >>> confusion([(True, True), (True, True), (True, True), (True, False)], "v")["v_balanced_acc"]
-    0.5
-    """
-    pairs = list(pairs)
-    on_right = mean(verdict is True for verdict, truth in pairs if truth)
-    on_wrong = mean(verdict is False for verdict, truth in pairs if not truth)
-    recalls = (on_right, on_wrong)
-    return {
-        f"{name}_acc": mean(verdict == truth for verdict, truth in pairs),
-        f"{name}_balanced_acc": None if None in recalls else mean(recalls),
-        f"{name}_recall_right": on_right,
-        f"{name}_recall_wrong": on_wrong,
-        f"{name}_precision": mean(truth for verdict, truth in pairs if verdict is True),
-    }
-
-
-def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
-    """What there is to say about some dialogues; a training batch and an evaluation share it."""
-    turns = [turn for d in dialogues for turn in d.turns]
-    attempts = [turn for d in dialogues for turn in d.attempts]
-    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
-    revised = [pair for d in dialogues for pair in zip(d.attempts, d.attempts[1:])]
-    firsts = [d.attempts[0].text for d in dialogues]
-    by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
-    return {
-        "acc_t1": mean(d.attempts[0].correct for d in dialogues),
-        "acc_final": mean(d.attempts[-1].correct for d in dialogues),
-        **confusion(judged, "verifier"),
-        "revision_rate": mean(len(d.attempts) > 1 for d in dialogues),
-        "answer_change_ratio": mean(not is_equiv(b.answer, a.answer) for a, b in revised),
-        "fixed": sum(not a.correct and b.correct for a, b in revised),
-        "broken": sum(a.correct and not b.correct for a, b in revised),
-        **{f"reward_{role}": mean(t.reward for t in made) for role, made in by_role.items()},
-        "response_tokens": mean(turn.end - turn.start for turn in turns),
-        **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
-        "no_answer_rate": mean(turn.answer is None for turn in attempts),
-        "truncated_rate": mean(not turn.ended for turn in turns),
-        "same_text_rate": max(Counter(firsts).values()) / len(firsts),  # 1: all alike
-    }
-
-
-def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    """`statistics` as a report has it: with n, the number of problems, and with intervals."""
-    numbers = {"n": len(by_problem(dialogues)), **statistics(dialogues)}
-    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
-    ends = {"acc_t1_ci": 0, "acc_final_ci": -1}
-    return numbers | {name: interval(scores(dialogues, place)) for name, place in ends.items()}
 
 
 def evaluate_policy(
@@ -1494,8 +1443,8 @@ def load_problems(
     taken = short[: limit or None]
     print(f"{source}: {len(taken)} of {len(problems)} problems, such as")
     for problem in taken[:2]:
-        text = textwrap.shorten(problem.problem, 56, placeholder="...")
-        print(f"  {text} -> {textwrap.shorten(problem.answer, 16, placeholder='...')}")
+        text = " ".join(problem.problem.split())
+        print(f"  {text[:56]}{'...' * (len(text) > 56)} -> {problem.answer[:16]}")
     return taken
 
 
@@ -1615,7 +1564,9 @@ def describe(config: Config, policy: Policy) -> dict[str, Any]:
 def new_folder(path: str, suffix: str = "") -> Path:
     """Make a folder for results. Raises UsageError rather than touch what is there already."""
     if world()[0]:  # of several processes the first one writes; the others' copies are forgotten
-        return Path(tempfile.mkdtemp())
+        copy_of_it = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, copy_of_it, ignore_errors=True)
+        return copy_of_it
     folder = Path(path or time.strftime("runs/%Y%m%d-%H%M%S") + suffix)
     try:
         if folder.is_dir() and any(folder.iterdir()):
@@ -2434,12 +2385,65 @@ def print_dialogue(dialogue: Dialogue) -> None:
         print(f"           ({verdict})")
 
 
-# --- E. How sure can we be? -----------------------------------------------------------------------
+# --- E. The numbers, and how sure they are --------------------------------------------------------
 # 500 problems are a sample: "0.94" may be 0.92 or 0.96, and "better by 0.01" may be luck. So an
 # accuracy comes with a 95 % interval, and two models are compared on the same problems: only those
 # that one of them solved and the other did not say which is better. With --samples K the K attempts
 # at a problem can vote: by plain majority (*self-consistency*), or PAG's way, where only attempts
 # that the model's own check accepted have a vote. If checking is worth anything, that vote wins.
+
+
+def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str, float | None]:
+    """What (verdict, truth) pairs say of a verifier; a missing verdict is a miss. Precision: the
+    share of right ones among the attempts that it called correct.
+
+    >>> confusion([(True, True), (True, True), (True, True), (True, False)], "v")["v_balanced_acc"]
+    0.5
+    """
+    pairs = list(pairs)
+    on_right = mean(verdict is True for verdict, truth in pairs if truth)
+    on_wrong = mean(verdict is False for verdict, truth in pairs if not truth)
+    recalls = (on_right, on_wrong)
+    return {
+        f"{name}_acc": mean(verdict == truth for verdict, truth in pairs),
+        f"{name}_balanced_acc": None if None in recalls else mean(recalls),
+        f"{name}_recall_right": on_right,
+        f"{name}_recall_wrong": on_wrong,
+        f"{name}_precision": mean(truth for verdict, truth in pairs if verdict is True),
+    }
+
+
+def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
+    """What there is to say about some dialogues; a training batch and an evaluation share it."""
+    turns = [turn for d in dialogues for turn in d.turns]
+    attempts = [turn for d in dialogues for turn in d.attempts]
+    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
+    revised = [pair for d in dialogues for pair in zip(d.attempts, d.attempts[1:])]
+    firsts = [d.attempts[0].text for d in dialogues]
+    by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
+    return {
+        "acc_t1": mean(d.attempts[0].correct for d in dialogues),
+        "acc_final": mean(d.attempts[-1].correct for d in dialogues),
+        **confusion(judged, "verifier"),
+        "revision_rate": mean(len(d.attempts) > 1 for d in dialogues),
+        "answer_change_ratio": mean(not is_equiv(b.answer, a.answer) for a, b in revised),
+        "fixed": sum(not a.correct and b.correct for a, b in revised),
+        "broken": sum(a.correct and not b.correct for a, b in revised),
+        **{f"reward_{role}": mean(t.reward for t in made) for role, made in by_role.items()},
+        "response_tokens": mean(turn.end - turn.start for turn in turns),
+        **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
+        "no_answer_rate": mean(turn.answer is None for turn in attempts),
+        "truncated_rate": mean(not turn.ended for turn in turns),
+        "same_text_rate": max(Counter(firsts).values()) / len(firsts),  # 1: all alike
+    }
+
+
+def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+    """`statistics` as a report has it: with n, the number of problems, and with intervals."""
+    numbers = {"n": len(by_problem(dialogues)), **statistics(dialogues)}
+    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
+    ends = {"acc_t1_ci": 0, "acc_final_ci": -1}
+    return numbers | {name: interval(scores(dialogues, place)) for name, place in ends.items()}
 
 
 def wilson(successes: float, n: int) -> list[float]:
@@ -3371,13 +3375,16 @@ def save_state(
     place = folder / f"state-{step}"
     partial = place.with_name(place.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    with (partial / "training.pt").open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    write_json(partial / "state.json", {"step": step, "training.pt": size})
+    try:
+        partial.mkdir()
+        with (partial / "training.pt").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        write_json(partial / "state.json", {"step": step, "training.pt": size})
+    except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
+        raise RunError(f"{place} cannot be saved ({error}); go on with --resume") from error
     shutil.rmtree(place, ignore_errors=True)  # one that could not be used
     partial.rename(place)
     for old in states(folder)[:-2]:
@@ -3475,17 +3482,23 @@ def merged_adapters(path: Path, options: dict[str, Any]) -> Any:
     return AutoPeftModelForCausalLM.from_pretrained(str(path), **options).merge_and_unload()
 
 
+def blocks(model: Any) -> list[Any]:
+    """The layers of a transformer, whatever the architecture calls them."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
 @contextlib.contextmanager
 def recomputing(model: Any) -> Iterator[None]:
     """--gradient-checkpointing, where a gradient will be wanted. transformers does it in training
     mode only, which would wake dropout as well: so only the layers' own flags are set, and only
     here (while sampling it would switch the cache off)."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
-    yield
-    for layer in layers:
-        layer.training = False
+    try:
+        for layer in blocks(model):
+            layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
+        yield
+    finally:
+        for layer in blocks(model):
+            layer.training = False
 
 
 def halve_micro_batches(dialogues: Sequence[Dialogue], config: Config) -> None:
@@ -3561,7 +3574,7 @@ def spread(policy: Policy, ref: Policy, config: Config) -> None:
         return
     mesh = init_device_mesh(policy.device.type, (world()[1],))
     for model in (policy.model, ref.model):
-        for layer in model.get_decoder().layers:
+        for layer in blocks(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)  # the rest, with the (often tied) embeddings
         model.score_tokens = types.MethodType(score_tokens, model)

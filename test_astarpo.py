@@ -6,6 +6,7 @@ Run with `pytest`; about a minute.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import doctest
 import itertools
@@ -27,7 +28,7 @@ import traceback
 import types
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -1581,6 +1582,26 @@ def test_another_kind_of_model_without_chat_template_or_pad_token_trains(tmp_pat
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("system", ["", "<|system|>Be brief.<|end|>"])
+def test_a_dialogue_is_what_the_template_would_write_with_its_bos_and_system_turn(
+    system, base, problems
+):
+    policy = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer))
+    policy.tokenizer.add_special_tokens({"bos_token": "<|pad|>"})
+    policy.tokenizer.add_bos_token = True
+    policy.tokenizer.chat_template = "{{ bos_token }}" + system + base.tokenizer.chat_template
+    dialogue = A.rollout(policy, problems[:1], A.Config(max_new_tokens=40), 1)[0]
+    assert len(dialogue.turns) > 1 and all(turn.ended for turn in dialogue.turns)
+    said = [{"role": "user", "content": A.SOLVE_PROMPT.replace("{problem}", problems[0].problem)}]
+    for turn in dialogue.turns:
+        said.append({"role": "assistant", "content": turn.text})
+        request = A.REVISE_PROMPT if turn.role == "verify" else A.VERIFY_PROMPT
+        said.append({"role": "user", "content": request})
+    whole = policy.tokenizer.apply_chat_template(said[:-1], tokenize=False)
+    assert policy.tokenizer.decode(dialogue.ids) == whole
+    assert dialogue.ids.count(policy.tokenizer.bos_token_id) == 1
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 
@@ -1760,8 +1781,14 @@ def short_run(folder: Path) -> A.Config:
     )  # fmt: skip
 
 
-def go_on(folder: Path) -> None:
-    assert A.main(["train", "--resume", str(folder)]) == 0
+def start_or_go_on(folder: Path) -> None:
+    """In a child: the short run, from its beginning or from where it was killed."""
+    A.STAGE_ONE_PART = 4
+    sys.modules["matplotlib"] = None  # drawing takes longer than all the rest
+    if A.is_unfinished(folder):
+        assert A.main(["train", "--resume", str(folder)]) == 0
+    else:
+        A.train(short_run(folder))
 
 
 def killed_at(folder: Path, moment: int) -> Callable[[], None]:
@@ -1777,7 +1804,7 @@ def killed_at(folder: Path, moment: int) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(watch)
-        go_on(folder) if A.is_unfinished(folder) else A.train(short_run(folder))
+        start_or_go_on(folder)
 
     return work
 
@@ -1794,14 +1821,11 @@ def left_by(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Iterator[dict[str, Any]]:
+def undisturbed(tmp_path_factory) -> dict[str, Any]:
     """What the short run leaves when nobody kills it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(A, "STAGE_ONE_PART", 4)
-        patch.setitem(sys.modules, "matplotlib", None)  # drawing takes longer than all the rest
-        folder = tmp_path_factory.mktemp("undisturbed") / "run"
-        A.train(short_run(folder))
-        yield left_by(folder)
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert in_child(lambda: start_or_go_on(folder)) == 0
+    return left_by(folder)
 
 
 SOAK = int(os.environ.get("ASTARPO_SOAK", "0"))  # how many times to kill at random
@@ -1815,7 +1839,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment, undisturbed, tm
         pytest.skip("the run ended before")
     in_child(killed_at(folder, 5))  # again, while it is being resumed
     if A.is_unfinished(folder):
-        assert in_child(lambda: go_on(folder)) == 0
+        assert in_child(lambda: start_or_go_on(folder)) == 0
     assert left_by(folder) == undisturbed
     assert not list(folder.glob("*.partial")) and not (folder / "stage-1.jsonl").exists()
     assert [state.name for state in A.states(folder)] == ["state-4", "state-5"]
@@ -1825,13 +1849,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment, undisturbed, tm
 def test_any_number_of_kills_at_any_time(undisturbed, tmp_path):
     folder, rng = tmp_path / "run", random.Random(0)
     for kill in itertools.count():
-        if A.is_unfinished(folder):
-            child = forked(lambda: go_on(folder))
-        elif (folder / "summary.json").exists():
-            break
-        else:  # killed before there was anything to keep
-            shutil.rmtree(folder, ignore_errors=True)
-            child = forked(lambda: A.train(short_run(folder)))
+        if not A.is_unfinished(folder):
+            if (folder / "summary.json").exists():
+                break
+            shutil.rmtree(folder, ignore_errors=True)  # there was nothing to keep yet
+        child = forked(lambda: start_or_go_on(folder))
         time.sleep(rng.uniform(0, 2) if kill < SOAK else 60)
         os.kill(child, signal.SIGKILL)
         status_of(child)
@@ -1917,23 +1939,23 @@ def test_given_options_count_before_a_config_file_and_that_before_a_preset(finis
 
 
 def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, problems, tmp_path):
+    pytest.importorskip("peft")  # an optional package
     config = quick(lora=4, lr=1e-2, out=str(tmp_path / "run"), max_new_tokens=24)
     A.train(config)
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert metrics[0]["kl"] == 0 and metrics[1]["kl"] != 0
     assert (tmp_path / "run" / "checkpoint" / "adapter_model.safetensors").exists()
 
-    policy = A.load_policy(config)
+    policy, plain = A.load_policy(config), copy_of(base)
     names = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     assert names and all("lora" in name for name in names)
-    policy.model.load_adapter(str(tmp_path / "run" / "checkpoint"), "learned")
-    policy.model.set_adapter("learned")
+    plain.model.load_adapter(str(tmp_path / "run" / "checkpoint"))
     dialogues = A.rollout(base, problems[:3], config, 1)
     batch = A.collate(dialogues, dict.fromkeys(keys(dialogues), 0.5), base.device)
     inputs = (batch.ids, batch.mask, batch.scored)
     with torch.no_grad():
         untouched = A.token_logps(base, *inputs)
-        learned = A.token_logps(policy, *inputs)
+        learned = A.token_logps(plain, *inputs)
         assert torch.equal(A.token_logps(A.freeze(policy), *inputs), untouched)
         assert not torch.allclose(learned, untouched, atol=1e-3)
         merged = A.load_policy(A.Config(model=str(tmp_path / "run"), threads=1))
@@ -2052,8 +2074,7 @@ def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_run_of_two_processes_is_killed_and_resumed(parallel, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_a_run_of_two_processes_is_killed_and_resumed(parallel, tmp_path):
     folder = tmp_path / "run"
     config = dataclasses.replace(short_run(folder), parallel=parallel, eval_every=0, steps=3)
 
@@ -2067,10 +2088,11 @@ def test_a_run_of_two_processes_is_killed_and_resumed(parallel, tmp_path, monkey
                 os.kill(os.getpid(), signal.SIGKILL)
 
         A.save_state = save_and_die
+        sys.modules["matplotlib"] = None
         assert A.main(["train", *as_arguments(config)]) == 1  # the other one says so, and ends
 
     assert two_processes(die) == [0, -signal.SIGKILL]
-    assert two_processes(lambda: go_on(folder)) == [0, 0]
+    assert two_processes(lambda: start_or_go_on(folder)) == [0, 0]
     alone = dataclasses.replace(config, out=str(tmp_path / "alone"))
     A.train(alone)
     for ours, theirs in zip(left(folder)[0], left(Path(alone.out))[0], strict=True):
