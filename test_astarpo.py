@@ -1820,6 +1820,16 @@ def left_by(folder: Path) -> dict[str, Any]:
     return found | {k: v.read_bytes() for k, v in weights.items()} | {"metrics": metrics}
 
 
+def test_stage_one_goes_on_after_its_last_whole_part(base, problems, tmp_path):
+    journal, dialogues = tmp_path / "stage-1.jsonl", A.rollout(base, problems[:7], quick(), 0)
+    A.append_journal(journal, dialogues)
+    again = A.read_journal(journal, problems[:7], part=4)  # complete: the last part is short
+    assert [(d.ids, d.turns) for d in again] == [(d.ids, d.turns) for d in dialogues]
+    journal.write_text(journal.read_text()[:-9])
+    assert len(A.read_journal(journal, problems[:7], part=4)) == 4
+    assert len(A.intact_lines(journal)) == 4
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict[str, Any]:
     """What the short run leaves when nobody kills it."""
@@ -1831,7 +1841,7 @@ def undisturbed(tmp_path_factory) -> dict[str, Any]:
 SOAK = int(os.environ.get("ASTARPO_SOAK", "0"))  # how many times to kill at random
 
 
-@pytest.mark.parametrize("moment", range(3, 200) if SOAK else (8, 13, 24))
+@pytest.mark.parametrize("moment", range(3, 200) if SOAK else (8, 36, 43))
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment, undisturbed, tmp_path):
     folder = tmp_path / "run"
     assert in_child(killed_at(folder, moment)) in (-signal.SIGKILL, 0)
@@ -1842,7 +1852,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment, undisturbed, tm
         assert in_child(lambda: start_or_go_on(folder)) == 0
     assert left_by(folder) == undisturbed
     assert not list(folder.glob("*.partial")) and not (folder / "stage-1.jsonl").exists()
-    assert [state.name for state in A.states(folder)] == ["state-4", "state-5"]
+    assert [state.name for state in A.states(folder)][-2:] == ["state-4", "state-5"]
 
 
 @pytest.mark.skipif(not SOAK, reason="set ASTARPO_SOAK to the number of kills")
@@ -2053,6 +2063,7 @@ def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path)
     policy = copy_of(base)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
     expected = A.update(policy, base, optimizer, alone, v_star, config)
+    first = A.update(policy, base, optimizer, alone[:1], v_star, config)
 
     def work() -> None:
         mine, ref = copy_of(base), A.freeze(base)
@@ -2062,8 +2073,8 @@ def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path)
         step = torch.optim.SGD(mine.model.parameters(), lr=1.0)
         seen = A.update(mine, ref, step, together, v_star, config)
         assert seen == pytest.approx(expected, rel=1e-4, abs=1e-6)
-        A.update(mine, ref, step, together[:1], v_star, config)  # nothing for the second process
-        A.update(policy, base, optimizer, alone[:1], v_star, config)
+        seen = A.update(mine, ref, step, together[:1], v_star, config)  # nothing for the second one
+        assert seen == pytest.approx(first, rel=1e-4, abs=1e-6)
         A.save_model(mine, tmp_path / "checkpoint")
         if A.world()[0] == 0:
             saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
