@@ -89,8 +89,9 @@ import shutil
 import sys
 import textwrap
 import time
+import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -116,6 +117,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
@@ -175,7 +177,7 @@ class Config:
     )
     compare: str = option("", "eval: a second model, or run, on the same problems")
     rollout_tokens: int = option(32768, "sampling: cells of key/value cache at a time", low=1)
-    update_tokens: int = option(8192, "update: tokens of one pass, with padding", low=1)
+    update_tokens: int = option(1024, "update: tokens of one pass, with padding", low=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = option("auto", "compute in", choices=("auto", "float32", "bfloat16", "float16"))
     threads: int = option(0, "CPU threads (0: 1 below 10M parameters, else all)", high=1024)
@@ -381,6 +383,7 @@ class Policy:
     device: torch.device
     dtype: torch.dtype  # what the matrix products are computed in; the weights stay float32
     top_p: float = 1.0  # evaluation may sample from the likeliest tokens alone; training may not
+    step: Any = field(default=None, init=False)  # reads one token a row; made when first needed
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Compute in self.dtype: float32 weights, so that an update of 1e-6 is not rounded off."""
@@ -505,57 +508,144 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
     return token.clamp(max=p.shape[1] - 1)  # a sick model's nan must not become an index error
 
 
+class Cells(DynamicLayer):
+    """One layer's cache as transformers wants it, with free cells. The next token's keys and values
+    are written into the cell `column`; the usual cache copies itself for every token."""
+
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.column = keys, values, column  # (B, heads, T, width), ()
+        self.is_initialized = True
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write one token a row; returns all cells, free ones too (the mask hides them)."""
+        self.keys.index_copy_(2, self.column, keys)
+        self.values.index_copy_(2, self.column, values)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many cells a mask must cover, and the first of them."""
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> Any:
+        """How many cells are used: the place of the next token, for models that look back so far
+        and no further."""
+        return self.column
+
+
+class NextToken(torch.nn.Module):
+    """Reading one token a row, as a function of tensors alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, column: Tensor, *cells: Tensor
+    ) -> Tensor:
+        """ids, positions (B, 1), mask (B, T), each layer's keys and values -> logits (B, V)."""
+        cache = DynamicCache()
+        cache.layers = [Cells(k, v, column) for k, v in zip(cells[::2], cells[1::2])]
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+
+def record(policy: Policy, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """NextToken without its Python: the tensor operations of one call, to be repeated.
+
+    Between two small tensor operations Python takes longer than the operations themselves. But a
+    recording is blind: it repeats every `if` as it once went. So it is tried on other rows, more
+    cells and the furthest position that the model knows, and where the logits are not the same to
+    the last bit (or nothing can be recorded) the model runs as it is.
+    """
+    ids, positions, mask, column, *cells = inputs
+    furthest = getattr(getattr(policy.model, "config", None), "max_position_embeddings", 2) - 1
+
+    def example(rows: list[int], positions: Tensor, extra: int) -> list[Tensor]:
+        chosen = torch.tensor(rows, device=ids.device) % len(ids)
+        longer = [F.pad(tensor[chosen], (0, 0, 0, extra)) for tensor in cells]
+        return [ids[chosen], positions[chosen], F.pad(mask[chosen], (0, extra)), column, *longer]
+
+    step = NextToken(policy.model)
+    other = ([0, 1, -1], torch.full_like(positions, furthest), 3)
+    same = False
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        recorded = torch.jit.trace(step, example([0, 1], positions, 0), check_trace=False)
+        same = torch.equal(recorded(*example(*other)), step(*example(*other)))
+    return recorded if same else step
+
+
 class Memory:
     """What the model has read of B dialogues: its key/value cache, and which cells are real."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self.cache = DynamicCache()  # a layer: keys and values (B, heads, T, head width)
+        self.cells: list[Tensor] = []  # each layer's keys and values (B, heads, T, head width)
         self.mask = torch.zeros(rows, 0, dtype=torch.bool, device=device)  # (B, T)
+        self.used = 0  # of the T columns; those after them are free
 
     def read(self, policy: Policy, ids: Tensor, real: Tensor) -> Tensor:
         """Let the model read ids (B, P), of which those not `real` are padding: logits (B, V) for
-        the token after the last column, in float32."""
+        the token after the last column, in float32. (There must be no free columns.)"""
         before = self.mask.sum(1, keepdim=True)  # (B, 1) tokens read so far
         positions = (before + real.cumsum(1) - 1).clamp(min=0)  # (B, P)
         self.mask = torch.cat([self.mask, real], dim=1)  # (B, T + P)
+        cache = DynamicCache(zip(self.cells[::2], self.cells[1::2]))
         with policy.autocast():
             logits = policy.model(
                 input_ids=ids,
                 attention_mask=self.mask,
                 position_ids=positions,
-                past_key_values=self.cache,
+                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,  # (B, 1, V): while reading only the last place matters
             ).logits
+        self.cells = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        self.used = self.mask.shape[1]
         return logits[:, -1].float()
 
-    def select(self, rows: Tensor) -> Memory:
-        """A memory of some rows alone."""
-        part = Memory(0, self.mask.device)
-        part.mask = self.mask[rows]
-        part.cache = DynamicCache((la.keys[rows], la.values[rows]) for la in self.cache.layers)
-        return part
+    def read_one(self, policy: Policy, token: Tensor, real: Tensor) -> Tensor:
+        """Let the model read token (B,) in the next free column: logits (B, V), in float32."""
+        if self.used == self.mask.shape[1]:
+            everyone = torch.arange(len(token), device=token.device)
+            vars(self).update(vars(Memory.join([(self, everyone)], roomy=True)))
+        positions = self.mask.sum(1, keepdim=True)  # (B, 1)
+        self.mask[:, self.used] = real
+        column = torch.tensor(self.used, device=token.device)
+        inputs = (token[:, None], positions, self.mask, column, *self.cells)
+        with policy.autocast():
+            policy.step = policy.step or record(policy, inputs)
+            logits = policy.step(*inputs)
+        self.used += 1
+        return logits.float()
 
     @staticmethod
-    def join(parts: Sequence[Memory], rows: Sequence[Tensor]) -> Memory:
-        """Put memories back together: row i of part p becomes row rows[p][i]. Shorter ones get
-        empty cells at their end, which the mask keeps unseen."""
-        order = torch.cat(list(rows)).argsort()
-        width = max(part.mask.shape[1] for part in parts)
-
-        def together(tensors: Iterable[Tensor], dim: int) -> Tensor:
-            tail = [0, 0] * (-1 - dim)  # F.pad counts dimensions from the last one
-            padded = [F.pad(t, (*tail, 0, width - t.shape[dim])) for t in tensors]
-            return torch.cat(padded)[order]
-
-        whole = Memory(0, order.device)
-        whole.mask = together((part.mask for part in parts), dim=-1)
-        whole.cache = DynamicCache(
-            tuple(
-                together((getattr(la, name) for la in same), dim=-2) for name in ("keys", "values")
-            )
-            for same in zip(*(part.cache.layers for part in parts))
-        )
+    def join(parts: Sequence[tuple[Memory, Tensor]], roomy: bool) -> Memory:
+        """Some rows of some memories, one below the other. In each row the real cells come last
+        and are followed, if `roomy`, by free ones; holes only fill up the shorter rows."""
+        masks = [memory.mask[rows] for memory, rows in parts]
+        width = max(int(mask.sum(1).max()) for mask in masks)
+        free = (16 + width // 4) * roomy
+        whole = Memory(0, masks[0].device)
+        real = [F.pad(mask.sort(dim=1)[0], (width, free))[:, -width - free :] for mask in masks]
+        whole.mask, whole.used = torch.cat(real), width
+        # Where a row's last `width` cells come from; a short memory lends its first one for holes.
+        origin = [mask.byte().argsort(dim=1, stable=True)[:, -width:] for mask in masks]
+        origin = [F.pad(cells, (width - cells.shape[1], 0)) for cells in origin]
+        for same in zip(*(memory.cells for memory, _ in parts)):
+            shape = (len(whole.mask), same[0].shape[1], width + free, same[0].shape[3])
+            together = same[0].new_zeros(shape)
+            start = 0
+            heads = torch.arange(shape[1], device=together.device)[:, None]
+            for tensor, (_, rows), cells in zip(same, parts, origin):
+                place = together[start : start + len(rows), :, :width]
+                place.copy_(tensor[rows[:, None, None], heads, cells[:, None]])
+                start += len(rows)
+            whole.cells.append(together)
         return whole
 
 
@@ -571,47 +661,67 @@ def left_pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return ids, torch.arange(width, device=device) >= width - lengths
 
 
-@torch.inference_mode()
-def respond(
-    policy: Policy,
-    memory: Memory,
-    requests: Sequence[Sequence[int]],
-    u: np.ndarray,
-    temperature: float,
-) -> tuple[list[list[int]], Memory]:
-    """Let every row read its request and write its response.
+@dataclass
+class Rows:
+    """Responses under way, one a row, and all that is needed to go on with them."""
 
-    u (B, max_new): the uniform number for each place. Returns the responses, each up to and
-    including its end token (or cut off at max_new), and the memory, which has read everything but
-    each response's last token: that one goes in front of the next request.
-    """
-    batch, max_new = u.shape
-    numbers = torch.from_numpy(u).to(policy.device)  # (B, max_new), float64
-    ends = torch.tensor(policy.end_ids, device=policy.device)
-    tokens = torch.zeros(batch, max_new, dtype=torch.long, device=policy.device)
-    lengths = torch.full((batch,), max_new, device=policy.device)
-    rows = torch.arange(batch, device=policy.device)  # the rows of `memory`, as rows of the batch
-    running = torch.ones_like(rows, dtype=torch.bool)  # ... and which of them have not ended
-    parked: list[tuple[Memory, Tensor]] = []
+    memory: Memory
+    logits: Tensor  # (B, V) for the next token
+    numbers: Tensor  # (B, L + 1) the uniform number for each place of the response, float64
+    tokens: Tensor  # (B, L + 1) the response so far; L is the most that it may have
+    length: Tensor  # (B,) how long it is
+    ended: Tensor  # (B,) by its end token or at L
 
-    logits = memory.read(policy, *left_pad(requests, policy.device))
-    for place in range(max_new):
-        token = pick(logits, numbers[rows, place], temperature, policy.top_p)  # (rows,)
-        tokens[rows, place] = token
-        ended = running & torch.isin(token, ends)
-        lengths[rows[ended]] = place + 1
-        running &= ~ended
-        left = int(running.sum())
-        if left == 0 or place == max_new - 1:
-            break
-        if left <= 0.8 * len(rows):  # copying the cache costs something, so not for every row
-            parked.append((memory.select(~running), rows[~running]))
-            memory, rows, token = memory.select(running), rows[running], token[running]
-            running = running[running]
-        logits = memory.read(policy, token[:, None], running[:, None])
-    parked.append((memory, rows))
-    responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
-    return responses, Memory.join(*zip(*parked)) if len(parked) > 1 else memory
+    @staticmethod
+    def begin(
+        policy: Policy, memory: Memory | None, unread: Sequence[tuple[int, ...]], u: np.ndarray
+    ) -> Rows:
+        """Let the model read what comes before the responses.
+
+        memory: what it has read so far. If that is nothing (None), equal texts are read only once:
+        stage 1 asks for N responses to the same problem.
+        """
+        if memory is None:
+            row_of = {text: row for row, text in enumerate(dict.fromkeys(unread))}
+            memory = Memory(len(row_of), policy.device)
+            logits = memory.read(policy, *left_pad([*row_of], policy.device))
+            rows = torch.tensor([row_of[text] for text in unread], device=policy.device)
+            if len(row_of) < len(rows):
+                memory, logits = Memory.join([(memory, rows)], roomy=False), logits[rows]
+        else:
+            logits = memory.read(policy, *left_pad(unread, policy.device))
+        numbers = torch.from_numpy(u).to(policy.device)
+        length = torch.zeros(len(u), dtype=torch.long, device=policy.device)
+        return Rows(memory, logits, numbers, torch.zeros_like(numbers).long(), length, length > 0)
+
+    @staticmethod
+    def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
+        """Some rows of each part, one below the other."""
+        parts = [(part, torch.tensor(rows, device=part.ended.device)) for part, rows in parts]
+        memory = Memory.join([(part.memory, rows) for part, rows in parts], roomy=True)
+        names = [item.name for item in dataclasses.fields(Rows)][1:]
+        return Rows(memory, *(torch.cat([getattr(p, n)[rows] for p, rows in parts]) for n in names))
+
+    def write(self, policy: Policy, temperature: float) -> None:
+        """Write all responses on, token by token, until a third of the rows have ended."""
+        ends = torch.tensor(policy.end_ids, device=policy.device)
+        longest = self.tokens.shape[1] - 1  # the last column is for what ended rows babble
+        running = len(self.ended)
+        while running > 2 / 3 * len(self.ended):
+            place = self.length[:, None]  # (B, 1)
+            u = self.numbers.gather(1, place)[:, 0]  # (B,)
+            token = pick(self.logits, u, temperature, policy.top_p)  # (B,)
+            self.tokens.scatter_(1, place, token[:, None])
+            self.length += ~self.ended
+            self.ended |= torch.isin(token, ends) | (self.length == longest)
+            running = int((~self.ended).sum())
+            if running:
+                self.logits = self.memory.read_one(policy, token, ~self.ended)
+
+    def responses(self) -> list[list[int]]:
+        """The tokens of the responses that have ended."""
+        tokens, lengths = self.tokens[self.ended].tolist(), self.length[self.ended].tolist()
+        return [row[:length] for row, length in zip(tokens, lengths)]
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -817,24 +927,48 @@ class Dialogue:
             turn.reward = reward
 
 
-def take_turn(
+def next_role(dialogue: Dialogue, turns: int) -> str | None:
+    """What comes next in a dialogue of at most so many turns; None if it is over.
+
+    Without a verdict a dialogue goes on to a revision, as if the verdict were "wrong", here and in
+    evaluation alike.
+    """
+    done = len(dialogue.turns)
+    if done >= turns or (done > 0 and dialogue.turns[-1].verdict is True):
+        return None
+    return "solve" if done == 0 else ("revise", "verify")[done % 2]
+
+
+def begin_turns(
     policy: Policy,
     dialogues: Sequence[Dialogue],
-    memory: Memory,
-    role: str,
-    u: np.ndarray,
-    temperature: float,
-) -> Memory:
-    """Let the policy write one turn of every dialogue. Returns the memory, which has read it."""
-    requests = [next_request(policy, dialogue, role) for dialogue in dialogues]
+    memory: Memory | None,
+    config: Config,
+    step: int,
+) -> Rows:
+    """Say what comes before each dialogue's next response, and let the model read it."""
+    for dialogue in dialogues:
+        role = next_role(dialogue, sys.maxsize)
+        if role != "solve":
+            request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
+            dialogue.ids += policy.bridge_ids(request, ended=dialogue.turns[-1].ended)
+    counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
+    index, sample, turn = np.array(counters).T[:, :, None]
+    places = np.arange(config.max_new_tokens + 1)
+    u = uniform(config.seed, step, index, sample, turn, places).reshape(len(dialogues), -1)
     # The last token of the turn before has been written but not read yet: it goes first.
-    unread = [d.ids[d.read :] + request for d, request in zip(dialogues, requests)]
-    responses, memory = respond(policy, memory, unread, u, temperature)
+    unread = [tuple(dialogue.ids[dialogue.read :]) for dialogue in dialogues]
+    return Rows.begin(policy, memory, unread, u)
+
+
+def end_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[list[int]]) -> None:
+    """Add the responses to their dialogues, and read off their texts what they say."""
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    for dialogue, request, response, text in zip(dialogues, requests, responses, texts):
-        start = len(dialogue.ids) + len(request)
-        dialogue.ids += request + response
+    for dialogue, response, text in zip(dialogues, responses, texts):
+        start = len(dialogue.ids)
+        dialogue.ids += response
         dialogue.read = len(dialogue.ids) - 1
+        role = next_role(dialogue, sys.maxsize)
         turn = Turn(role, start, len(dialogue.ids), text, response[-1] in policy.end_ids)
         if role == "verify":
             turn.verdict = parse_judgment(text)
@@ -842,40 +976,57 @@ def take_turn(
             turn.answer = extract_answer(text)
             turn.correct = is_equiv(turn.answer, dialogue.problem.answer)
         dialogue.turns.append(turn)
-    return memory
 
 
+@torch.inference_mode()
 def play(
-    policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int, temperature: float
+    policy: Policy,
+    dialogues: Sequence[Dialogue],
+    turns: int,
+    config: Config,
+    step: int,
+    temperature: float,
+    label: str = "",
 ) -> None:
-    """Play new dialogues to their end, all at once, and pay them.
+    """Play dialogues to their end, as many at a time as the cells allow, and pay them.
 
-    Without a verdict a dialogue goes on to a revision, as if the verdict were "wrong", here and in
-    evaluation alike.
+    When some rows have ended, their dialogues go on with their next turn, or are over and leave
+    their places to new ones. So the rows are in different turns, and all of them are busy.
     """
-    active = list(dialogues)
-    memory = Memory(len(active), policy.device)
-    for number, role in enumerate(["solve"] + ["verify", "revise"] * config.revisions):
-        if role == "revise":
-            goes_on = [dialogue.turns[-1].verdict is not True for dialogue in active]
-            memory = memory.select(torch.tensor(goes_on, device=policy.device))
-            active = [*itertools.compress(active, goes_on)]
-        if not active:
-            break
-        index, sample = np.array([(d.problem.index, d.sample) for d in active]).T[:, :, None]
-        places = np.arange(config.max_new_tokens)
-        u = uniform(config.seed, step, index, sample, number, places).reshape(len(active), -1)
-        memory = take_turn(policy, active, memory, role, u, temperature)
+
+    def limit(dialogue: Dialogue) -> int:
+        return len(dialogue.ids) + (turns - len(dialogue.turns)) * config.max_new_tokens
+
+    progress = Progress(label, len(dialogues))
+    waiting = deque(sorted(dialogues, key=limit, reverse=True))
+    playing: list[Dialogue] = []
+    rows: Any = None  # their rows, in their order
+    while waiting or playing:
+        parts: list[tuple[Rows, list[int]]] = []
+        if playing:
+            ended = rows.ended.tolist()
+            end_turns(policy, [*itertools.compress(playing, ended)], rows.responses())
+            busy = [i for i, end in enumerate(ended) if not end]
+            again = [i for i, end in enumerate(ended) if end and next_role(playing[i], turns)]
+            progress.advance(len(playing) - len(busy) - len(again))
+            playing = [playing[i] for i in busy + again]
+            if busy:
+                parts.append((rows, busy))
+            if again:
+                memory = Memory.join([(rows.memory, torch.tensor(again))], roomy=False)
+                begun = begin_turns(policy, playing[len(busy) :], memory, config, step)
+                parts.append((begun, [*range(len(again))]))
+        widest = max(map(limit, [*playing, *itertools.islice(waiting, 1)]), default=1)
+        room = max(config.rollout_tokens // widest - len(playing), not playing)
+        fresh = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+        if fresh:
+            parts.append((begin_turns(policy, fresh, None, config, step), [*range(len(fresh))]))
+            playing += fresh
+        if playing:
+            rows = Rows.join(parts)
+            rows.write(policy, temperature)
     for dialogue in dialogues:
         dialogue.pay(config.alpha)
-
-
-def next_request(policy: Policy, dialogue: Dialogue, role: str) -> list[int]:
-    """The ids that come before the next response: the first prompt, or the bridge to a turn."""
-    if role == "solve":
-        return policy.prompt_ids(dialogue.problem)
-    request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
-    return policy.bridge_ids(request, ended=dialogue.turns[-1].ended)
 
 
 def rollout(
@@ -887,7 +1038,7 @@ def rollout(
     temperature: float | None = None,
     label: str = "",
 ) -> list[Dialogue]:
-    """Dialogues about all problems, in their order, played in batches within the token budget.
+    """Dialogues about all problems, in their order.
 
     step: which rollout this is, for the random numbers (0: stage 1; k: update k; -1: evaluation);
     samples[i] numbers repeated dialogues about one problem.
@@ -895,13 +1046,11 @@ def rollout(
     """
     temperature = config.temperature if temperature is None else temperature
     samples = itertools.repeat(0) if samples is None else samples
-    dialogues = [Dialogue(problem, sample=sample) for problem, sample in zip(problems, samples)]
-    longest = (1 + 2 * config.revisions) * config.max_new_tokens
-    lengths = [len(policy.prompt_ids(problem)) + longest for problem in problems]
-    progress = Progress(label, len(problems))
-    for batch in token_batches(lengths, config.rollout_tokens):
-        play(policy, [dialogues[i] for i in batch], config, step, temperature)
-        progress.advance(len(batch))
+    dialogues = [
+        Dialogue(problem, policy.prompt_ids(problem), sample=sample)
+        for problem, sample in zip(problems, samples)
+    ]
+    play(policy, dialogues, 1 + 2 * config.revisions, config, step, temperature, label)
     return dialogues
 
 
@@ -1234,7 +1383,7 @@ class Progress:
     def advance(self, n: int, metrics: dict[str, Any] | None = None) -> None:
         """n more are done; `metrics` of the last one are shown."""
         self.done += n
-        if not self.label:
+        if not self.label or not n:
             return
         seconds = time.perf_counter() - self.started
         left = seconds / self.done * (self.total - self.done)
@@ -2367,14 +2516,7 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         ids = prompt + encode(policy.tokenizer, text)
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
         told.append(Dialogue(problem, ids, [turn]))
-    lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in told]
-    progress = Progress("verifier pool", len(told))
-    for batch in token_batches(lengths, config.rollout_tokens):
-        chosen = [told[i] for i in batch]
-        unused = np.zeros((len(chosen), config.max_new_tokens))  # greedy: no random numbers
-        memory = Memory(len(chosen), policy.device)
-        take_turn(policy, chosen, memory, "verify", unused, temperature=0.0)
-        progress.advance(len(batch))
+    play(policy, told, 2, config, -1, 0.0, "verifier pool")
     judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
     return confusion(judged, "verifier_pool")
 

@@ -314,9 +314,9 @@ def test_greedy_responses_equal_those_of_generate_also_with_several_end_tokens(b
     for ends in (base.end_ids, (*base.end_ids, comma)):
         policy = dataclasses.replace(base, end_ids=ends)
         prompts = [policy.prompt_ids(problem) for problem in problems]
-        u = np.zeros((len(prompts), 25))
-        memory = A.Memory(len(prompts), policy.device)
-        ours, _ = A.respond(policy, memory, prompts, u, temperature=0.0)
+        config = A.Config(max_new_tokens=25, revisions=0, rollout_tokens=20 * 50)
+        dialogues = A.rollout(policy, problems, config, 0, temperature=0.0)
+        ours = [d.ids[d.turns[0].start :] for d in dialogues]
         neutral = GenerationConfig(
             max_new_tokens=25, do_sample=False, eos_token_id=list(ends), pad_token_id=0
         )
