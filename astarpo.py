@@ -638,8 +638,8 @@ class Memory:
         origin = [F.pad(cells, (width - cells.shape[1], 0)) for cells in origin]
         for same in zip(*(memory.cells for memory, _ in parts)):
             shape = (len(whole.mask), same[0].shape[1], width + free, same[0].shape[3])
-            together = same[0].new_zeros(shape)
-            start = 0
+            together, start = same[0].new_empty(shape), 0
+            together[:, :, width:] = 0  # hidden, but 0 * nan would be nan
             heads = torch.arange(shape[1], device=together.device)[:, None]
             for tensor, (_, rows), cells in zip(same, parts, origin):
                 place = together[start : start + len(rows), :, :width]
@@ -1046,10 +1046,8 @@ def rollout(
     """
     temperature = config.temperature if temperature is None else temperature
     samples = itertools.repeat(0) if samples is None else samples
-    dialogues = [
-        Dialogue(problem, policy.prompt_ids(problem), sample=sample)
-        for problem, sample in zip(problems, samples)
-    ]
+    prompts = {problem: policy.prompt_ids(problem) for problem in set(problems)}
+    dialogues = [Dialogue(p, [*prompts[p]], sample=sample) for p, sample in zip(problems, samples)]
     play(policy, dialogues, 1 + 2 * config.revisions, config, step, temperature, label)
     return dialogues
 
