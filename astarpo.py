@@ -64,7 +64,8 @@ appendix: what the lesson needs around it.
            10 training     11 evaluation
   Part II   A errors and progress   B loading and saving   C the algebra of answers
             D the report            E how sure can we be?  F watching a run
-            G our own problems      H the base model       I the command line
+            G our own problems      H the base model       I how fast is it?
+            J the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
             python astarpo.py eval
@@ -85,6 +86,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import sys
 import textwrap
@@ -3205,13 +3207,198 @@ def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
         raise RunError(f"the base's attempts lack {left[True]} right and {left[False]} wrong ones")
 
 
-# --- I. The command line --------------------------------------------------------------------------
+# --- I. How fast is it? ---------------------------------------------------------------------------
+# `bench` measures on the machine, the model and the sizes at hand. Whatever is compared takes turns
+# within one run, so that a busy moment of the machine meets all of it alike, and of the repeats the
+# median counts. Compare the ratios; the times themselves are this machine's.
+
+
+def clock(repeats: int, work: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median seconds of each call. One round before the first warms up and does not count."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for repeat in range(repeats + 1):
+        for name, call in work.items():
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # a call returns before the GPU has done its work
+            seconds[name] += [time.perf_counter() - started] * (repeat > 0)
+    return {name: float(np.median(times)) for name, times in seconds.items()}
+
+
+@torch.inference_mode()
+def generated(policy: Policy, problems: Sequence[Problem], config: Config) -> int:
+    """What `rollout` does for a single turn, by transformers' `generate`. Returns its tokens."""
+    ends = torch.tensor(policy.end_ids, dtype=torch.long, device=policy.device)
+    plain = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=True,
+        top_k=0,
+        eos_token_id=[*policy.end_ids] or None,
+        pad_token_id=0,
+    )
+    tokens = 0
+    for i in range(0, len(problems), config.batch_size):
+        prompts = [policy.prompt_ids(problem) for problem in problems[i : i + config.batch_size]]
+        ids, real = left_pad(prompts, policy.device)
+        with policy.autocast():
+            out = policy.model.generate(ids, attention_mask=real.long(), generation_config=plain)
+        ended = torch.isin(out[:, ids.shape[1] :], ends).long()
+        tokens += int((ended.cumsum(1) - ended == 0).sum())  # up to the first end token
+    return tokens
+
+
+def bench_sampling(
+    policy: Policy, problems: Sequence[Problem], config: Config, repeats: int
+) -> dict[str, float]:
+    """Solve turns only: `batch_size` rows at a time against `generate`, then stage 1."""
+    longest = max(len(policy.prompt_ids(problem)) for problem in problems) + config.max_new_tokens
+    config = dataclasses.replace(config, revisions=0)
+    rows = dataclasses.replace(config, rollout_tokens=config.batch_size * longest)
+    half = dataclasses.replace(rows, max_new_tokens=max(1, config.max_new_tokens // 2))
+    found: dict[str, float] = {}
+    for kind, ends in (("", policy.end_ids), ("_full_length", ())):
+        player = dataclasses.replace(policy, end_ids=ends)  # without end tokens nothing ends early
+        dialogues = rollout(player, problems, rows, 0)
+        ours = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
+        theirs = generated(player, problems, rows)
+        work = {
+            "ours": lambda p=player: rollout(p, problems, rows, 0),
+            "theirs": lambda p=player: generated(p, problems, rows),
+            "half": lambda p=player: rollout(p, problems, half, 0),
+        }
+        seconds = clock(repeats, work)
+        speeds = ours / seconds["ours"], theirs / seconds["theirs"]
+        found |= dict(zip((f"rollout{kind}_tokens_per_s", f"generate{kind}_tokens_per_s"), speeds))
+        found[f"rollout{kind}_speedup"] = speeds[0] / speeds[1]
+    found["length_doubled"] = seconds["ours"] / seconds["half"]
+    repeated = [problem for problem in problems for _ in range(config.num_samples)]
+    numbers = [*range(config.num_samples)] * len(problems)
+    few = len(repeated) // 2
+    work = {
+        "all": lambda: rollout(policy, repeated, config, 0, numbers),
+        "few": lambda: rollout(policy, repeated[:few], config, 0, numbers),
+    }
+    seconds = clock(repeats, work)
+    found["stage_1_responses_per_s"] = len(repeated) / seconds["all"]
+    found["problems_doubled"] = seconds["all"] / seconds["few"]
+    return found
+
+
+def bench_step(
+    policy: Policy, ref: Policy, problems: Sequence[Problem], config: Config, repeats: int
+) -> dict[str, float]:
+    """Seconds of one step of stage 2 and of its parts. The weights stay: the learning rate is 0."""
+    config = dataclasses.replace(config, lr=0.0)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0, weight_decay=0.0)
+    v_star: Baselines = defaultdict(lambda: 0.5)
+    chosen = batch_of_step(problems, 0, config.batch_size, config.seed)
+    dialogues = rollout(policy, chosen, config, 1, range(len(chosen)))
+    parts = token_batches([len(d.ids) for d in dialogues], config.update_tokens)
+    batches = [collate([dialogues[i] for i in part], v_star, policy.device) for part in parts]
+
+    def score(model: Policy, backward: bool = False) -> None:
+        for batch in batches:
+            logps = token_logps(model, batch.ids, batch.mask, batch.scored)
+            if backward:
+                logps.sum().backward()
+
+    def optimize() -> None:
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+        optimizer.step()
+
+    def check() -> None:
+        for dialogue, turn in ((d, turn) for d in dialogues for turn in d.turns):
+            parse_judgment(turn.text)
+            verify(turn.text, dialogue.problem.answer)
+
+    square = torch.randn(1024, 1024, device=policy.device, dtype=policy.dtype)
+    half = dialogues[: len(dialogues) // 2 or 1]
+    work = {
+        "sampling": lambda: rollout(policy, chosen, config, 1, range(len(chosen))),
+        "reward": check,
+        "reference": lambda: score(ref),  # its parameters ask for no gradient
+        "policy": lambda: score(policy),
+        "backward": lambda: score(policy, backward=True),
+        "optimizer": optimize,
+        "step": lambda: train_step(policy, ref, optimizer, problems, v_star, config, 0),
+        "update": lambda: update(policy, ref, optimizer, dialogues, v_star, config),
+        "half": lambda: update(policy, ref, optimizer, half, v_star, config),
+        "matmul": lambda: square @ square,
+    }
+    found = clock(repeats, work)
+    found["sampling"] -= found["reward"]
+    found["backward"] -= found["policy"]
+    found["batch_doubled"] = found["update"] / found.pop("half")
+    head = policy.model.get_output_embeddings().weight
+    inner = sum(p.numel() for p in policy.model.get_decoder().parameters() if p.ndim == 2)
+    inner -= policy.model.get_input_embeddings().weight.numel()
+    read = sum(int(batch.mask.sum()) for batch in batches)
+    scored = sum(int(batch.scored.sum()) for batch in batches)
+    products = 2 * (inner * read + head.numel() * scored)  # of one forward pass
+    found["matmul_flops_per_s"] = 2 * 1024**3 / found.pop("matmul")
+    # The reference goes forward, the policy forward and, at twice the cost, backward.
+    found["update_matmul_share"] = 4 * products / found["update"] / found["matmul_flops_per_s"]
+    return found
+
+
+def bench(config: Config, repeats: int, file: str) -> dict[str, Any]:
+    """Measure, print a table and, if `file` is given, write everything to it as JSON."""
+    check_options(config, training=True)
+    policy = load_policy(config)
+    problems = load_problems(config.train_data, config.train_limit, policy, config)
+    ref = freeze(policy)
+    found: dict[str, Any] = bench_sampling(policy, problems, config, repeats)
+    for name, revisions in (("single", 0), ("dialogue", config.revisions)):
+        setting = dataclasses.replace(config, revisions=revisions)
+        found[name] = bench_step(policy, ref, problems, setting, repeats)
+    found["dialogue_step_ratio"] = found["dialogue"]["step"] / found["single"]["step"]
+    if policy.device.type == "cuda":
+        found["peak_memory_mib"] = torch.cuda.max_memory_allocated(policy.device) / 2**20
+    else:
+        found["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report_bench(found, len(problems), config, repeats)
+    if file:
+        write_json(Path(file), {**describe(config, policy), **found})
+    return found
+
+
+def report_bench(found: dict[str, Any], problems: int, config: Config, repeats: int) -> None:
+    """The table of `bench`."""
+    print(f"\n{problems} problems, batch {config.batch_size}, ", end="")
+    print(f"up to {config.max_new_tokens} tokens a turn, medians of {repeats}")
+    print(f"\n{'sampling, tokens/s':<40}{'here':>12}{'generate':>12}{'ratio':>12}")
+    for text, kind in (("as responses end", ""), ("all of full length", "_full_length")):
+        numbers = [found[f"{who}{kind}_tokens_per_s"] for who in ("rollout", "generate")]
+        print(f"  {text:<38}{numbers[0]:>12,.0f}{numbers[1]:>12,.0f}", end="")
+        print(f"{found[f'rollout{kind}_speedup']:>12.2f}")
+    print(f"stage 1, responses/s{found['stage_1_responses_per_s']:>32,.0f}")
+    print(f"\n{'one step of stage 2, ms':<40}{'solve only':>12}{'all turns':>12}{'ratio':>12}")
+    parts = ("sampling", "reward", "reference", "policy", "backward", "optimizer", "step")
+    for part in parts:
+        alone, whole = (1000 * found[name][part] for name in ("single", "dialogue"))
+        print(f"  {part:<38}{alone:>12.1f}{whole:>12.1f}{whole / alone:>12.2f}")
+    shares = [100 * found[name]["update_matmul_share"] for name in ("single", "dialogue")]
+    print(f"  {'update, % of the matmul rate':<38}{shares[0]:>12.0f}{shares[1]:>12.0f}")
+    rate = found["dialogue"]["matmul_flops_per_s"] / 1e9
+    print(f"\nmatmul rate {rate:,.0f} GFLOP/s, peak memory {found['peak_memory_mib']:,.0f} MiB")
+    grown = found["problems_doubled"], found["length_doubled"], found["dialogue"]["batch_doubled"]
+    text = "stage 1 with problems {:.2f}, sampling with length {:.2f}, update with batch {:.2f}"
+    print("growth when doubled: " + text.format(*grown))
+
+
+# --- J. The command line --------------------------------------------------------------------------
 
 EVAL_OPTIONS = (
     "model", "eval_data", "out", "seed", "revisions", "max_prompt_tokens", "max_new_tokens",
     "temperature", "eval_limit", "rollout_tokens", "device", "dtype", "threads",
 )  # fmt: skip
 EVAL_ONLY = ("samples", "top_p", "compare")
+BENCH_OPTIONS = (
+    "model", "train_data", "seed", "train_limit", "batch_size", "num_samples", "revisions",
+    "max_prompt_tokens", "max_new_tokens", "rollout_tokens", "update_tokens", "device", "dtype",
+    "threads",
+)  # fmt: skip
 
 
 def newest_model() -> str:
@@ -3264,6 +3451,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
     plotting.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     plotting.add_argument("--out", default="dashboard.png", help="file (default: %(default)s)")
+    measuring = commands.add_parser("bench", help="measure how fast everything is")
+    add_options(measuring, BENCH_OPTIONS)
+    measuring.set_defaults(train_limit=512, max_new_tokens=72)
+    measuring.add_argument("--repeats", type=int, default=3, help="of each (default: %(default)s)")
+    measuring.add_argument("--json", default="", metavar="FILE", help="write the numbers to FILE")
     data = commands.add_parser("data", help="write data/train.jsonl and data/test.jsonl")
     base = commands.add_parser("pretrain", help="make data/base and data/attempts.jsonl anew")
     for command in (data, base):
@@ -3283,9 +3475,11 @@ def run_command(options: argparse.Namespace) -> None:
         return print(f"written to {options.out}")
     names = {item.name for item in dataclasses.fields(Config)}
     config = Config(**{k: value for k, value in vars(options).items() if k in names})
-    if options.command != "train":
+    if options.command not in ("train", "bench"):
         config.model = config.model or newest_model()
-    if options.command == "train":
+    if options.command == "bench":
+        bench(config, options.repeats, options.json)
+    elif options.command == "train":
         train(config)
     elif options.command == "solve":
         solve(config, options.problem)
