@@ -64,7 +64,7 @@ appendix: what the lesson needs around it.
            10 training     11 evaluation
   Part II   A errors and progress   B loading and saving   C the algebra of answers
             D the report            E how sure can we be?  F watching a run
-            G our own problems      H the base model       I how fast is it?
+            G our own problems      H the base model       I speed
             J the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
@@ -86,7 +86,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import sys
 import textwrap
@@ -463,11 +462,13 @@ def freeze(policy: Policy) -> Policy:
 #
 # * a *cache* of keys and values, so that each new token costs one token's work. A dialogue of
 #   several turns (section 9) keeps its cache: a turn reads the bridge, not everything again;
-# * many rows at once. Rows differ in length, so the cache has holes; a mask says which cells are
-#   real, and the position of a token counts only the real ones before it;
-# * a row that has ended is taken out (*parked*) and put back for the next turn. Responses differ
-#   a lot in length, so most rows would otherwise wait for the longest;
-# * batches of similar length, within a budget of cache cells.
+# * many rows at once, and all of them busy. Responses differ a lot in length, and a batch that
+#   waits for its longest one is nearly empty for most of the time. Here a dialogue whose turn has
+#   ended goes on with its next one, or makes room for another dialogue (`play` in section 9). So
+#   the rows differ in length and in turn. The cache has holes, a mask says which cells are real,
+#   and the position of a token counts only the real ones before it;
+# * what several rows have in common is read once: stage 1 asks each problem N times;
+# * the step from token to token is recorded, and repeated without Python (Part II, I).
 #
 # Randomness is a pure function. The token at one place of one turn of one sample of one problem is
 # chosen by a number u in [0, 1) hashed from exactly those counters. So the order of batches does
@@ -510,78 +511,6 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
     return token.clamp(max=p.shape[1] - 1)  # a sick model's nan must not become an index error
 
 
-class Cells(DynamicLayer):
-    """One layer's cache as transformers wants it, with free cells. The next token's keys and values
-    are written into the cell `column`; the usual cache copies itself for every token."""
-
-    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.column = keys, values, column  # (B, heads, T, width), ()
-        self.is_initialized = True
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write one token a row; returns all cells, free ones too (the mask hides them)."""
-        self.keys.index_copy_(2, self.column, keys)
-        self.values.index_copy_(2, self.column, values)
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many cells a mask must cover, and the first of them."""
-        return self.keys.shape[2], 0
-
-    def get_seq_length(self) -> Any:
-        """How many cells are used: the place of the next token, for models that look back so far
-        and no further."""
-        return self.column
-
-
-class NextToken(torch.nn.Module):
-    """Reading one token a row, as a function of tensors alone."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, ids: Tensor, positions: Tensor, mask: Tensor, column: Tensor, *cells: Tensor
-    ) -> Tensor:
-        """ids, positions (B, 1), mask (B, T), each layer's keys and values -> logits (B, V)."""
-        cache = DynamicCache()
-        cache.layers = [Cells(k, v, column) for k, v in zip(cells[::2], cells[1::2])]
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-
-
-def record(policy: Policy, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """NextToken without its Python: the tensor operations of one call, to be repeated.
-
-    Between two small tensor operations Python takes longer than the operations themselves. But a
-    recording is blind: it repeats every `if` as it once went. So it is tried on other rows, more
-    cells and the furthest position that the model knows, and where the logits are not the same to
-    the last bit (or nothing can be recorded) the model runs as it is.
-    """
-    ids, positions, mask, column, *cells = inputs
-    furthest = getattr(getattr(policy.model, "config", None), "max_position_embeddings", 2) - 1
-
-    def example(rows: list[int], positions: Tensor, extra: int) -> list[Tensor]:
-        chosen = torch.tensor(rows, device=ids.device) % len(ids)
-        longer = [F.pad(tensor[chosen], (0, 0, 0, extra)) for tensor in cells]
-        return [ids[chosen], positions[chosen], F.pad(mask[chosen], (0, extra)), column, *longer]
-
-    step = NextToken(policy.model)
-    other = ([0, 1, -1], torch.full_like(positions, furthest), 3)
-    same = False
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
-        recorded = torch.jit.trace(step, example([0, 1], positions, 0), check_trace=False)
-        same = torch.equal(recorded(*example(*other)), step(*example(*other)))
-    return recorded if same else step
-
-
 class Memory:
     """What the model has read of B dialogues: its key/value cache, and which cells are real."""
 
@@ -619,7 +548,7 @@ class Memory:
         self.mask[:, self.used] = real
         column = torch.tensor(self.used, device=token.device)
         inputs = (token[:, None], positions, self.mask, column, *self.cells)
-        with policy.autocast():
+        with policy.autocast(), torch.jit.optimized_execution(False):  # repeated as it is, unfused
             policy.step = policy.step or record(policy, inputs)
             logits = policy.step(*inputs)
         self.used += 1
@@ -632,18 +561,21 @@ class Memory:
         masks = [memory.mask[rows] for memory, rows in parts]
         width = max(int(mask.sum(1).max()) for mask in masks)
         free = (16 + width // 4) * roomy
+        order = [
+            mask.byte().argsort(dim=1, stable=True)[:, -width:] for mask in masks
+        ]  # holes first
+        short = [width - cells.shape[1] for cells in order]
+        real = [F.pad(m.gather(1, o), (n, free)) for m, o, n in zip(masks, order, short)]
+        # Which cell goes where; a memory that is too short lends its first one to fill the holes.
+        order = [F.pad(cells, (n, 0)) for cells, n in zip(order, short)]
         whole = Memory(0, masks[0].device)
-        real = [F.pad(mask.sort(dim=1)[0], (width, free))[:, -width - free :] for mask in masks]
         whole.mask, whole.used = torch.cat(real), width
-        # Where a row's last `width` cells come from; a short memory lends its first one for holes.
-        origin = [mask.byte().argsort(dim=1, stable=True)[:, -width:] for mask in masks]
-        origin = [F.pad(cells, (width - cells.shape[1], 0)) for cells in origin]
         for same in zip(*(memory.cells for memory, _ in parts)):
             shape = (len(whole.mask), same[0].shape[1], width + free, same[0].shape[3])
             together, start = same[0].new_empty(shape), 0
             together[:, :, width:] = 0  # hidden, but 0 * nan would be nan
             heads = torch.arange(shape[1], device=together.device)[:, None]
-            for tensor, (_, rows), cells in zip(same, parts, origin):
+            for tensor, (_, rows), cells in zip(same, parts, order):
                 place = together[start : start + len(rows), :, :width]
                 place.copy_(tensor[rows[:, None, None], heads, cells[:, None]])
                 start += len(rows)
@@ -1015,7 +947,8 @@ def play(
             if busy:
                 parts.append((rows, busy))
             if again:
-                memory = Memory.join([(rows.memory, torch.tensor(again))], roomy=False)
+                chosen = torch.tensor(again, device=policy.device)
+                memory = Memory.join([(rows.memory, chosen)], roomy=False)
                 begun = begin_turns(policy, playing[len(busy) :], memory, config, step)
                 parts.append((begun, [*range(len(again))]))
         widest = max(map(limit, [*playing, *itertools.islice(waiting, 1)]), default=1)
@@ -3207,7 +3140,81 @@ def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
         raise RunError(f"the base's attempts lack {left[True]} right and {left[False]} wrong ones")
 
 
-# --- I. How fast is it? ---------------------------------------------------------------------------
+# --- I. Speed: a token without Python, and how fast is it? ----------------------------------------
+# A small model's step from token to token is a few hundred operations on small tensors, and between
+# two of them Python takes longer than they do. So the step is recorded once and then repeated.
+
+
+class Cells(DynamicLayer):
+    """One layer's cache as transformers wants it, with free cells. The next token's keys and values
+    are written into the cell `column`; the usual cache copies itself for every token."""
+
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.column = keys, values, column  # (B, heads, T, width), ()
+        self.is_initialized = True
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write one token a row; returns all cells, free ones too (the mask hides them)."""
+        self.keys.index_copy_(2, self.column, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.column, values.to(self.values.dtype))
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many cells a mask must cover, and the first of them."""
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> Any:
+        """The next token's place among the cells (for models that look back only so far)."""
+        return self.column
+
+
+class NextToken(torch.nn.Module):
+    """Reading one token a row, as a function of tensors alone: that is what can be recorded."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, column: Tensor, *cells: Tensor
+    ) -> Tensor:
+        """ids, positions (B, 1), mask (B, T), each layer's keys and values -> logits (B, V)."""
+        cache = DynamicCache()
+        cache.layers = [Cells(k, v, column) for k, v in zip(cells[::2], cells[1::2])]
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+
+def record(policy: Policy, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """NextToken without its Python: the operations of one call on such inputs, to be repeated.
+
+    A recording is blind: it takes every `if` the way it once went. So it is tried on other rows,
+    more cells and the furthest position that the model knows; if its logits are not the model's to
+    the last bit, or if nothing can be recorded, the model itself takes the step.
+    """
+    ids, positions, mask, column, *cells = inputs
+    furthest = getattr(getattr(policy.model, "config", None), "max_position_embeddings", 2) - 1
+
+    def example(rows: list[int], positions: Tensor, extra: int) -> list[Tensor]:
+        chosen = torch.tensor(rows, device=ids.device) % len(ids)
+        longer = [F.pad(tensor[chosen], (0, 0, 0, extra)) for tensor in cells]
+        return [ids[chosen], positions[chosen], F.pad(mask[chosen], (0, extra)), column, *longer]
+
+    step = NextToken(policy.model)
+    other = ([0, 1, -1], torch.full_like(positions, furthest), 3)
+    same = False
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        recorded = torch.jit.trace(step, example([0, 1], positions, 0), check_trace=False)
+        same = torch.equal(recorded(*example(*other)), step(*example(*other)))
+    return recorded if same else step
+
+
 # `bench` measures on the machine, the model and the sizes at hand. Whatever is compared takes turns
 # within one run, so that a busy moment of the machine meets all of it alike, and of the repeats the
 # median counts. Compare the ratios; the times themselves are this machine's.
@@ -3345,7 +3352,10 @@ def bench_step(
 def bench(config: Config, repeats: int, file: str) -> dict[str, Any]:
     """Measure, print a table and, if `file` is given, write everything to it as JSON."""
     check_options(config, training=True)
+    if repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, not {repeats}")
     policy = load_policy(config)
+    check_context(policy, config)
     problems = load_problems(config.train_data, config.train_limit, policy, config)
     ref = freeze(policy)
     found: dict[str, Any] = bench_sampling(policy, problems, config, repeats)
@@ -3356,6 +3366,8 @@ def bench(config: Config, repeats: int, file: str) -> dict[str, Any]:
     if policy.device.type == "cuda":
         found["peak_memory_mib"] = torch.cuda.max_memory_allocated(policy.device) / 2**20
     else:
+        import resource  # not on Windows
+
         found["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     report_bench(found, len(problems), config, repeats)
     if file:
