@@ -63,9 +63,10 @@ appendix: what the lesson needs around it.
             6 sampling      7 V*          8 the loss  9 PAG's turns
            10 training     11 evaluation
   Part II   A errors and progress   B loading and saving   C the algebra of answers
-            D the report            E how sure can we be?  F watching a run
-            G our own problems      H the base model       I speed
-            J the command line
+            D the report            E the numbers          F watching a run
+            G our own problems      H the base model       I runs that survive
+            J large models, several devices                K speed
+            L the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
             python astarpo.py eval
@@ -75,10 +76,12 @@ RUN IT.     python astarpo.py train         (about a minute on a laptop; no down
 from __future__ import annotations
 
 import argparse
+import atexit
 import cmath
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -88,25 +91,39 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 import time
+import types
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from tokenizers import AddedToken
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -119,6 +136,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
@@ -168,9 +186,12 @@ class Config:
     max_prompt_tokens: int = option(128, "longer problems are left out (tokens)", low=1)
     max_new_tokens: int = option(64, "longest response of one turn (tokens)", low=1)
     temperature: float = option(1.0, "sampling temperature; 0 is greedy (eval only)", high=100)
+    problem_column: str = option("", "column of the problem's text (default: the common names)")
+    answer_column: str = option("", "column of the answer or worked solution (default: likewise)")
     train_limit: int = option(256, "use the first so many training problems (0: all)")
     eval_limit: int = option(500, "evaluate on the first so many held-out problems (0: all)")
     eval_every: int = option(0, "evaluate every so many steps and keep the best model (0: never)")
+    save_every: int = option(10, "keep a state to resume from every so many steps (0: never)")
     log_to: str = option("none", "send the metrics to", choices=("none", "tensorboard", "wandb"))
     samples: int = option(1, "eval: dialogues a problem (K)", low=1)
     top_p: float = option(
@@ -179,6 +200,9 @@ class Config:
     compare: str = option("", "eval: a second model, or run, on the same problems")
     rollout_tokens: int = option(32768, "sampling: cells of key/value cache at a time", low=1)
     update_tokens: int = option(1024, "update: tokens of one pass, with padding", low=1)
+    gradient_checkpointing: bool = option(False, "compute activations twice, to save memory")
+    lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", high=4096)
+    parallel: str = option("ddp", "how torchrun's processes share", choices=("ddp", "fsdp"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = option("auto", "compute in", choices=("auto", "float32", "bfloat16", "float16"))
     threads: int = option(0, "CPU threads (0: 1 below 10M parameters, else all)", high=1024)
@@ -382,14 +406,22 @@ class Policy:
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     end_ids: tuple[int, ...]  # the tokens that end a response: a chat model can have several
     device: torch.device
-    dtype: torch.dtype  # what the matrix products are computed in; the weights stay float32
+    dtype: torch.dtype  # what the matrix products are computed in
     top_p: float = 1.0  # evaluation may sample from the likeliest tokens alone; training may not
+    adapters: bool | None = None  # LoRA: does this policy use them? None: there are none
+    scaler: torch.amp.GradScaler = field(
+        default_factory=lambda: torch.amp.GradScaler(enabled=False)
+    )
     step: Any = field(default=None, init=False)  # reads one token a row; made when first needed
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Compute in self.dtype: float32 weights, so that an update of 1e-6 is not rounded off."""
-        lower = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=lower)
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Compute as this policy: in its dtype (while the weights that learn stay float32, so that
+        an update of 1e-6 is not rounded off), and with or without the adapters."""
+        if self.adapters is not None:
+            switch_adapters(self.model, self.adapters)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            yield
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The first request, up to where the model's first response begins."""
@@ -439,7 +471,7 @@ def load_policy(config: Config) -> Policy:
     from log pi_ref before the first update, and (6) is a statement about exactly that difference.
     """
     device, dtype = choose_device(config.device, config.dtype)
-    model, tokenizer = open_model(config.model)
+    model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
     set_threads(config.threads, model)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
@@ -447,11 +479,20 @@ def load_policy(config: Config) -> Policy:
     ends = model.generation_config.eos_token_id
     ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
     ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
-    return Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
+    policy = Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
+    policy.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if config.lora:
+        add_adapters(policy, config.lora, config.seed)
+    if config.gradient_checkpointing:
+        policy.model.activation_checkpointing_enable({"use_reentrant": False})
+    return policy
 
 
 def freeze(policy: Policy) -> Policy:
-    """The reference pi_ref: the policy as it is now, copied, never to change."""
+    """The reference pi_ref: the policy as it is now, copied, never to change. With LoRA it is the
+    same weights with the adapters off, and no second copy exists."""
+    if policy.adapters:
+        return dataclasses.replace(policy, adapters=False)
     return dataclasses.replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))
 
 
@@ -468,7 +509,7 @@ def freeze(policy: Policy) -> Policy:
 #   the rows differ in length and in turn. The cache has holes, a mask says which cells are real,
 #   and the position of a token counts only the real ones before it;
 # * what several rows have in common is read once: stage 1 asks each problem N times;
-# * the step from token to token is recorded, and repeated without Python (Part II, I).
+# * the step from token to token is recorded, and repeated without Python (Part II, K).
 #
 # Randomness is a pure function. The token at one place of one turn of one sample of one problem is
 # chosen by a number u in [0, 1) hashed from exactly those counters. So the order of batches does
@@ -526,7 +567,7 @@ class Memory:
         positions = (before + real.cumsum(1) - 1).clamp(min=0)  # (B, P)
         self.mask = torch.cat([self.mask, real], dim=1)  # (B, T + P)
         cache = DynamicCache(zip(self.cells[::2], self.cells[1::2]))
-        with policy.autocast():
+        with policy.active():
             logits = policy.model(
                 input_ids=ids,
                 attention_mask=self.mask,
@@ -548,7 +589,7 @@ class Memory:
         self.mask[:, self.used] = real
         column = torch.tensor(self.used, device=token.device)
         inputs = (token[:, None], positions, self.mask, column, *self.cells)
-        with policy.autocast(), torch.jit.optimized_execution(False):  # repeated as it is, unfused
+        with policy.active(), torch.jit.optimized_execution(False):  # repeated as it is, unfused
             policy.step = policy.step or record(policy, inputs)
             logits = policy.step(*inputs)
         self.used += 1
@@ -741,21 +782,27 @@ def astarpo_loss(
 def token_logps(
     policy: Policy, ids: Tensor, mask: Tensor, scored: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """log pi of the scored tokens: ids, mask, scored (B, T) -> (M,), in row-major order.
+    """log pi of the scored tokens: ids, mask, scored (B, T) -> (M,), in row-major order."""
+    with policy.active(), recomputing(policy.model):
+        return method_of(policy.model, score_tokens)(ids, mask, scored, temperature)
 
-    The logits at place t - 1 predict token t. The large matrix product with the vocabulary is done
-    for the scored places only, and in pieces whose float32 logits are thrown away and computed
-    again in the backward pass: with 152,000 words, all of them at once would not fit.
+
+def score_tokens(
+    model: Any, ids: Tensor, mask: Tensor, scored: Tensor, temperature: float
+) -> Tensor:
+    """What `token_logps` asks the model for. The logits at place t - 1 predict token t.
+
+    The large matrix product with the vocabulary is done for the scored places only, and in pieces
+    whose float32 logits are thrown away and computed again in the backward pass: with 152,000
+    words, all of them at once would not fit.
     """
-    with policy.autocast():
-        hidden = policy.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
-        hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
     targets = ids[:, 1:][scored[:, 1:]]  # (M,)
-    head = policy.model.get_output_embeddings()
+    head = model.get_output_embeddings()
 
     def logps(h: Tensor, target: Tensor) -> Tensor:
-        with policy.autocast():
-            logits = head(h).float() / temperature  # (m, V)
+        logits = head(h).float() / temperature  # (m, V)
         return -F.cross_entropy(logits, target, reduction="none")  # (m,)
 
     size = max(1, LOGIT_CELLS // head.weight.shape[0])
@@ -920,7 +967,7 @@ def play(
     config: Config,
     step: int,
     temperature: float,
-    label: str = "",
+    progress: Progress | None = None,
 ) -> None:
     """Play dialogues to their end, as many at a time as the cells allow, and pay them.
 
@@ -931,7 +978,6 @@ def play(
     def limit(dialogue: Dialogue) -> int:
         return len(dialogue.ids) + (turns - len(dialogue.turns)) * config.max_new_tokens
 
-    progress = Progress(label, len(dialogues))
     waiting = deque(sorted(dialogues, key=limit, reverse=True))
     playing: list[Dialogue] = []
     rows: Any = None  # their rows, in their order
@@ -942,7 +988,9 @@ def play(
             end_turns(policy, [*itertools.compress(playing, ended)], rows.responses())
             busy = [i for i, end in enumerate(ended) if not end]
             again = [i for i, end in enumerate(ended) if end and next_role(playing[i], turns)]
-            progress.advance(len(playing) - len(busy) - len(again))
+            over = len(playing) - len(busy) - len(again)
+            if progress and over:
+                progress.advance(over * world()[1])
             playing = [playing[i] for i in busy + again]
             if busy:
                 parts.append((rows, busy))
@@ -971,20 +1019,22 @@ def rollout(
     step: int,
     samples: Sequence[int] | None = None,
     temperature: float | None = None,
-    label: str = "",
+    progress: Progress | None = None,
 ) -> list[Dialogue]:
     """Dialogues about all problems, in their order.
 
     step: which rollout this is, for the random numbers (0: stage 1; k: update k; -1: evaluation);
-    samples[i] numbers repeated dialogues about one problem.
-    label: name of the progress bar, if there shall be one.
+    samples[i] numbers repeated dialogues about one problem. With several processes each plays its
+    share, and all get all.
     """
     temperature = config.temperature if temperature is None else temperature
     samples = itertools.repeat(0) if samples is None else samples
     prompts = {problem: policy.prompt_ids(problem) for problem in set(problems)}
     dialogues = [Dialogue(p, [*prompts[p]], sample=sample) for p, sample in zip(problems, samples)]
-    play(policy, dialogues, 1 + 2 * config.revisions, config, step, temperature, label)
-    return dialogues
+    mine = deal(dialogues)
+    with gathered(policy.model):
+        play(policy, mine, 1 + 2 * config.revisions, config, step, temperature, progress)
+    return collect(mine, len(dialogues))
 
 
 # --- 10. Training ---------------------------------------------------------------------------------
@@ -993,6 +1043,7 @@ def rollout(
 # revised) gets the value of all samples of that role, over all problems: section 8 says why that is
 # harmless. Stage 2 plays one dialogue a problem with the present policy and updates it once.
 
+STAGE_ONE_PART = 512  # dialogues that are played, and kept, together
 Baselines = dict[tuple[int, str], float]  # (problem index, role) -> V^*, in units of reward
 
 
@@ -1022,11 +1073,27 @@ def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
     }
 
 
-def stage_one(ref: Policy, problems: Sequence[Problem], config: Config) -> list[Dialogue]:
-    """The reference's N dialogues about each problem, at the training temperature."""
+def stage_one(
+    ref: Policy, problems: Sequence[Problem], config: Config, journal: Path | None = None
+) -> list[Dialogue]:
+    """The reference's N dialogues about each problem, at the training temperature.
+
+    They are the dearest thing in a run, so each part of them goes to the journal once it is played;
+    those that are in it already are not played again.
+    """
     n = config.num_samples
     repeated = [problem for problem in problems for _ in range(n)]
-    return rollout(ref, repeated, config, 0, [*range(n)] * len(problems), label="stage 1, V*")
+    numbers = [*range(n)] * len(problems)
+    part = n * max(1, STAGE_ONE_PART // n)
+    dialogues = read_journal(journal, repeated, part) if journal else []
+    progress = Progress("stage 1, V*", len(repeated), len(dialogues))
+    for start in range(len(dialogues), len(repeated), part):
+        now = slice(start, start + part)
+        fresh = rollout(ref, repeated[now], config, 0, numbers[now], progress=progress)
+        dialogues += fresh
+        if journal:
+            append_journal(journal, fresh)
+    return dialogues
 
 
 @dataclass
@@ -1057,24 +1124,18 @@ def collate(dialogues: Sequence[Dialogue], v_star: Baselines, device: torch.devi
     return Batch(*(t.to(device) for t in (ids, mask, scored, torch.tensor(owner), reward, value)))
 
 
-def update(
-    policy: Policy,
-    ref: Policy,
-    optimizer: torch.optim.Optimizer,
-    dialogues: Sequence[Dialogue],
-    v_star: Baselines,
-    config: Config,
+def accumulate(
+    policy: Policy, ref: Policy, dialogues: Sequence[Dialogue], v_star: Baselines, config: Config
 ) -> dict[str, float]:
-    """One step down (6), the mean over all turns of all dialogues. Returns what was seen.
+    """Add up the gradient of (6), the mean over all turns of all dialogues. Returns what was seen.
 
     The dialogues are taken in micro-batches that fit into memory; their gradients add up, each
     weighted by its share of the turns, so that the sum does not depend on how they were cut.
     """
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
     seen: dict[str, float] = defaultdict(float)
-    tokens = 0
-    for chosen in token_batches([len(d.ids) for d in dialogues], config.update_tokens):
-        batch = collate([dialogues[i] for i in chosen], v_star, policy.device)
+    for chosen, weight in my_share(dialogues, config.update_tokens):
+        batch = collate(chosen, v_star, policy.device)
         inputs = (batch.ids, batch.mask, batch.scored, config.temperature)
         with torch.no_grad():
             ref_token_logp = token_logps(ref, *inputs)  # (M,)
@@ -1083,21 +1144,43 @@ def update(
         logp = zeros.index_add(0, batch.turn, token_logp)  # (n,) sums over each turn's tokens
         ref_logp = zeros.index_add(0, batch.turn, ref_token_logp)  # (n,)
         loss = astarpo_loss(logp, ref_logp, batch.reward, batch.v_star, config.beta2)
-        share = len(batch.reward) / n_turns
-        (loss * share).backward()
-        tokens += len(token_logp)
+        share = weight * len(batch.reward) / n_turns
+        policy.scaler.scale(loss * share).backward()
         seen["loss"] += loss.item() * share
-        seen["kl"] += (logp - ref_logp).sum().item() / n_turns
-        seen["entropy"] -= token_logp.sum().item()
-        seen["v_star"] += batch.v_star.sum().item() / n_turns
-    seen["entropy"] /= tokens
+        seen["kl"] += weight * (logp - ref_logp).sum().item() / n_turns
+        seen["entropy"] -= token_logp.sum().item() * weight
+        seen["v_star"] += weight * batch.v_star.sum().item() / n_turns
+        seen["tokens"] += len(token_logp) * weight
+    return seen
+
+
+def update(
+    policy: Policy,
+    ref: Policy,
+    optimizer: torch.optim.Optimizer,
+    dialogues: Sequence[Dialogue],
+    v_star: Baselines,
+    config: Config,
+) -> dict[str, float]:
+    """One step down (6). Returns what was seen."""
+    while True:
+        try:
+            seen = accumulate(policy, ref, dialogues, v_star, config)
+            break
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad(set_to_none=True)
+            halve_micro_batches(dialogues, config)
+    seen = sum_over_processes(policy.model, seen)
+    seen["entropy"] /= seen.pop("tokens")
+    policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-    seen |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+    seen |= {"grad_norm": whole(norm).item(), "lr": optimizer.param_groups[0]["lr"]}
     seen["skipped"] = float(not math.isfinite(seen["loss"] + seen["grad_norm"]))
     if not seen["skipped"]:  # one bad batch must not destroy the weights
-        optimizer.step()
+        policy.scaler.step(optimizer)
+    policy.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return dict(seen)
+    return seen
 
 
 def train_step(
@@ -1129,31 +1212,36 @@ def train_step(
     return {"step": step + 1, **means, **statistics(dialogues), "tokens_per_second": speed}
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary.
 
     Everything is written to the run folder as it happens; the README says what each file holds.
+    resume: go on with the unfinished run in config.out (Part II, I says how that is exact).
     """
     check_options(config, training=True)
     policy = load_policy(config)
     check_context(policy, config)
-    problems = load_problems(config.train_data, config.train_limit, policy, config)
+    problems = load_problems(config.train_data, config.train_limit, policy, config, "train")
     held_out = load_problems(config.eval_data, config.eval_limit, policy, config)
+    mark = fingerprint(policy, problems, config)
     if config.v_star:  # if it does not fit, better now than after the evaluation
-        load_stage_one(config.v_star, fingerprint(policy, problems, config), problems, config)
-    folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S"))
+        load_stage_one(config.v_star, mark, problems, config)
+    about = describe(config, policy)
+    folder = reopen_folder(config.out, about) if resume else new_folder(config.out)
     send = number_sink(config, folder)
-    write_json(folder / "config.json", describe(config, policy))
+    write_json(folder / "config.json", about)
     said: set[str] = set()  # Part II, F: what was found to hinder learning, each once
     ref = freeze(policy)
-    before, base_dialogues = evaluate_policy(policy, held_out, config)
-    v_star, problems = first_stage(ref, problems, config, folder, said)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
-    progress = Progress("stage 2", config.steps)
-    history: list[dict[str, Any]] = []
-    evaluations: list[dict[str, Any]] = []
-    with saved_at_the_end(policy, folder), (folder / "metrics.jsonl").open("w") as file:
-        for step in range(config.steps):
+    spread(policy, ref, config)  # over several devices, if there are
+    before, base_dialogues = first_evaluation(policy, held_out, config, folder)
+    v_star, problems = first_stage(ref, problems, config, folder, mark, said)
+    with policy.active():  # what LoRA has frozen is not learned
+        learning = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=0.0)
+    history, evaluations = restore(folder, policy, optimizer, config)
+    progress = Progress("stage 2", config.steps, len(history))
+    with saved_at_the_end(policy, folder), (folder / "metrics.jsonl").open("a") as file:
+        for step in range(len(history), config.steps):
             metrics = train_step(policy, ref, optimizer, problems, v_star, config, step)
             history.append(metrics)
             print(json.dumps(metrics), file=file, flush=True)
@@ -1161,8 +1249,11 @@ def train(config: Config) -> dict[str, Any]:
             send(metrics)
             explain(training_facts(history, config), said)
             stop_if_sick(history)
-            if config.eval_every and (step + 1) % config.eval_every == 0:
+            if due(config.eval_every, step):
                 send(check_in(policy, held_out, config, step + 1, evaluations, folder))
+            if due(config.save_every, step) or step + 1 == config.steps:
+                os.fsync(file.fileno())
+                save_state(folder, step + 1, policy, optimizer, config)
     after, dialogues = evaluate_policy(policy, held_out, config)
     write_results(folder / "eval_results.jsonl", dialogues)
     summary = {"before": before, "after": after, "kl": recent_kl(history)}
@@ -1181,65 +1272,13 @@ def train(config: Config) -> dict[str, Any]:
 # about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict. A
 # trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
 # turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong.
+# What is counted, with its error bars, is in Part II, E.
 
 
 def mean(values: Iterable[float]) -> float | None:
     """The mean, or None where there is nothing to average: 'none' is not 'zero'."""
     values = list(values)
     return sum(values) / len(values) if values else None
-
-
-def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str, float | None]:
-    """What (verdict, truth) pairs say of a verifier; a missing verdict is a miss. Precision: the
-    share of right ones among the attempts that it called correct.
-
-    >>> confusion([(True, True), (True, True), (True, True), (True, False)], "v")["v_balanced_acc"]
-    0.5
-    """
-    pairs = list(pairs)
-    on_right = mean(verdict is True for verdict, truth in pairs if truth)
-    on_wrong = mean(verdict is False for verdict, truth in pairs if not truth)
-    recalls = (on_right, on_wrong)
-    return {
-        f"{name}_acc": mean(verdict == truth for verdict, truth in pairs),
-        f"{name}_balanced_acc": None if None in recalls else mean(recalls),
-        f"{name}_recall_right": on_right,
-        f"{name}_recall_wrong": on_wrong,
-        f"{name}_precision": mean(truth for verdict, truth in pairs if verdict is True),
-    }
-
-
-def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
-    """What there is to say about some dialogues; a training batch and an evaluation share it."""
-    turns = [turn for d in dialogues for turn in d.turns]
-    attempts = [turn for d in dialogues for turn in d.attempts]
-    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
-    revised = [pair for d in dialogues for pair in zip(d.attempts, d.attempts[1:])]
-    firsts = [d.attempts[0].text for d in dialogues]
-    by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
-    return {
-        "acc_t1": mean(d.attempts[0].correct for d in dialogues),
-        "acc_final": mean(d.attempts[-1].correct for d in dialogues),
-        **confusion(judged, "verifier"),
-        "revision_rate": mean(len(d.attempts) > 1 for d in dialogues),
-        "answer_change_ratio": mean(not is_equiv(b.answer, a.answer) for a, b in revised),
-        "fixed": sum(not a.correct and b.correct for a, b in revised),
-        "broken": sum(a.correct and not b.correct for a, b in revised),
-        **{f"reward_{role}": mean(t.reward for t in made) for role, made in by_role.items()},
-        "response_tokens": mean(turn.end - turn.start for turn in turns),
-        **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
-        "no_answer_rate": mean(turn.answer is None for turn in attempts),
-        "truncated_rate": mean(not turn.ended for turn in turns),
-        "same_text_rate": max(Counter(firsts).values()) / len(firsts),  # 1: all alike
-    }
-
-
-def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    """`statistics` as a report has it: with n, the number of problems, and with intervals."""
-    numbers = {"n": len(by_problem(dialogues)), **statistics(dialogues)}
-    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
-    ends = {"acc_t1_ci": 0, "acc_final_ci": -1}
-    return numbers | {name: interval(scores(dialogues, place)) for name, place in ends.items()}
 
 
 def evaluate_policy(
@@ -1250,7 +1289,8 @@ def evaluate_policy(
     k = config.samples if temperature > 0 else 1
     repeated = [problem for problem in problems for _ in range(k)]
     numbers = [*range(k)] * len(problems)
-    dialogues = rollout(policy, repeated, config, -1, numbers, temperature, "evaluate")
+    progress = Progress("evaluate", len(repeated))
+    dialogues = rollout(policy, repeated, config, -1, numbers, temperature, progress)
     summary = {**summarize(dialogues), **pool}
     summary |= voting(dialogues) if k > 1 else {}
     for trait in ("level", "subject"):
@@ -1269,7 +1309,7 @@ def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
     if config.compare:
         other = load_policy(dataclasses.replace(config, model=config.compare))
         other.top_p = config.top_p
-    folder = new_folder(config.out or time.strftime("runs/%Y%m%d-%H%M%S-eval"))
+    folder = new_folder(config.out, "-eval")
     summary, dialogues = evaluate_policy(policy, problems, config, temperature)
     if config.compare:
         _, theirs = evaluate_policy(other, problems, config, temperature)
@@ -1308,18 +1348,16 @@ SHOWN = {  # metric: its name on the progress line
 class Progress:
     """A bar with the numbers that matter on a terminal; a few plain lines anywhere else."""
 
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total, self.done = label, total, 0
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
+        self.label, self.total, self.done, self.before = label, total, done, done
         self.started = time.perf_counter()
         self.tenths = 0  # of the way, when the last plain line was printed
 
     def advance(self, n: int, metrics: dict[str, Any] | None = None) -> None:
         """n more are done; `metrics` of the last one are shown."""
-        self.done += n
-        if not self.label or not n:
-            return
+        self.done = min(self.total, self.done + n)
         seconds = time.perf_counter() - self.started
-        left = seconds / self.done * (self.total - self.done)
+        left = seconds / max(1, self.done - self.before) * (self.total - self.done)
         names = SHOWN.items() if metrics else ()
         numbers = "".join(f"{text} {show(metrics[name], 2)} " for name, text in names)
         finished = self.done >= self.total
@@ -1348,6 +1386,10 @@ def check_options(config: Config, training: bool = False) -> None:
         raise UsageError(f"--v-star {config.v_star}: no such file")
     if training and config.temperature == 0:
         raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
+    if config.parallel == "fsdp" and (config.lora or config.dtype == "float16"):
+        raise UsageError(
+            "--parallel fsdp goes neither with --lora nor with --dtype float16: use ddp"
+        )
     if not training and config.samples > 1 and config.temperature == 0:
         raise UsageError("--samples above 1 needs --temperature above 0: greedy ones are all alike")
 
@@ -1361,7 +1403,7 @@ def local(path: str) -> Path:
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """'auto' takes the GPU if there is one, and bfloat16 where the GPU has it."""
+    """'auto' takes the GPU if there is one, and bfloat16 where the GPU has it, else float16."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -1369,8 +1411,8 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: this machine has no such GPU; use --device cpu")
     if dtype == "auto":
-        bf16 = device != "cpu" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if bf16 else "float32"
+        bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "float32" if device == "cpu" else "bfloat16" if bf16 else "float16"
     return torch.device(device), getattr(torch, dtype)
 
 
@@ -1391,32 +1433,36 @@ def quiet_libraries() -> None:
     """No progress bars and warnings of others between our lines."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     hub_logging.set_verbosity_error()
 
 
-def open_model(name: str) -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder or the hub, weights in float32.
+def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder or the hub; a LoRA checkpoint is merged into its base.
 
     Raises UsageError, in one sentence, for whatever is wrong with it.
     """
     quiet_libraries()
     path = local(name)
     path = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # the folder of a run
-    if not path.exists():
+    if path.exists():
+        path = path.resolve()  # an adapter's checkpoint remembers where its base lies
+    else:
         if name.count("/") != 1:  # a hub id is owner/name
             raise UsageError(f"--model {name}: no such folder")
         print(f"{name} is no folder here: looking on the Hugging Face hub")
-    if path.exists() and not (path / "config.json").is_file():
+    kinds = [path / "config.json", path / "adapter_config.json"]
+    if path.exists() and not any(kind.is_file() for kind in kinds):
         raise UsageError(f"--model {name}: no config.json there, so this is no model folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+        if kinds[1].is_file():
+            model, info = merged_adapters(path, options), {"missing_keys": []}
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path), output_loading_info=True, **options
+            )
     except Exception as error:  # transformers, safetensors and the hub each have their own kinds
         reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
         where = "cannot be loaded" if path.exists() else "is no folder here, nor on the hub"
@@ -1447,16 +1493,24 @@ def weights_hash(model: Any) -> str:
     """Which weights are these? A hash over every tensor, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if "lora_" in name:  # adapters start as nothing: which nothing does not matter
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
-def load_problems(source: str, limit: int, policy: Policy, config: Config) -> list[Problem]:
-    """The problems of a JSONL file, a folder or a hub data set, less those that are too long."""
+def load_problems(
+    source: str, limit: int, policy: Policy, config: Config, split: str = "test"
+) -> list[Problem]:
+    """The problems of a file, a folder or a hub data set, less those that are too long.
+
+    split: which part of a data set with several to prefer.
+    """
     path = local(source)
-    rows = read_jsonl(path) if path.is_file() else read_dataset(source, path)
-    problems = [to_problem(row, i, place) for i, (place, row) in enumerate(rows)]
+    lines = path.is_file() and path.suffix not in LIBRARY_FILES
+    rows = read_jsonl(path) if lines else read_dataset(source, path, split)
+    problems = [to_problem(row, i, place, config) for i, (place, row) in enumerate(rows)]
     longest = config.max_prompt_tokens
     kept = [p for p in problems if p.answer.strip()]
     short = [p for p in kept if len(policy.prompt_ids(p)) <= longest]
@@ -1468,7 +1522,12 @@ def load_problems(source: str, limit: int, policy: Policy, config: Config) -> li
             print(f"{source}: {left_out} of {len(problems)} problems {why} and are left out")
     if not short:
         raise UsageError(f"{source} holds no problems" + (" short enough" if kept else ""))
-    return short[: limit or None]
+    taken = short[: limit or None]
+    print(f"{source}: {len(taken)} of {len(problems)} problems, such as")
+    for problem in taken[:2]:
+        text = " ".join(problem.problem.split())
+        print(f"  {text[:56]}{'...' * (len(text) > 56)} -> {problem.answer[:16]}")
+    return taken
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -1488,34 +1547,53 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         raise UsageError(f"{path}: not UTF-8 text ({error})") from error
 
 
-def read_dataset(source: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a local folder (JSONL, parquet, ...) or a hub data set, through `datasets`."""
+LIBRARY_FILES = {".json": "json", ".parquet": "parquet", ".csv": "csv"}  # what `datasets` reads
+
+
+def read_dataset(source: str, path: Path, split: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a local file or folder or of a hub data set, through `datasets`.
+
+    Of a set with several configurations (MATH has one a subject) all are read, but if one is called
+    main or default, as GSM8K has it, that one alone: the others tell the same problems again.
+    """
     if not path.exists() and source.count("/") != 1:  # a hub id is owner/name
         raise UsageError(f"{source}: no such file or folder")
-    from datasets import load_dataset
+    from datasets import get_dataset_config_names, load_dataset
 
     try:
-        data = load_dataset(str(path))
+        if path.is_file():
+            parts = [load_dataset(LIBRARY_FILES[path.suffix], data_files=str(path))]
+        else:
+            names = get_dataset_config_names(str(path))
+            names = [name for name in names if name in ("main", "default")][:1] or names
+            parts = [load_dataset(str(path), name) for name in names]
     except Exception as error:  # `datasets` has dozens of kinds; the first line says what it is
         reason = str(error).strip().split("\n")[0][:300]
         kind = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
         raise UsageError(f"{source} {kind}: {reason}") from error
-    split = next((name for name in ("train", "test") if name in data), None) or next(iter(data))
-    for number, row in enumerate(data[split]):
-        yield f"{source}, {split} row {number}", row
+    for part in parts:
+        found = next((name for name in (split, "train", "test") if name in part), next(iter(part)))
+        for number, row in enumerate(part[found]):
+            yield f"{source}, {found} row {number}", row
 
 
-def to_problem(row: Any, index: int, place: str) -> Problem:
+def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
     """Read a row in MATH's schema or its common variants (question; a box or #### in the solution).
 
     Raises UsageError that names the place.
     """
     if not isinstance(row, dict):
         raise UsageError(f"{place}: not a JSON object")
-    text = row.get("problem", row.get("question", row.get("prompt")))
+    for column in filter(None, (config.problem_column, config.answer_column)):
+        if column not in row:
+            raise UsageError(f"{place}: no column '{column}' (there are {', '.join(row)})")
+    columns = (
+        [config.problem_column] if config.problem_column else ["problem", "question", "prompt"]
+    )
+    text = next((row[column] for column in columns if column in row), None)
     solution = row.get("solution") or ""
-    answer = row.get("answer")
-    if answer is None or "####" in str(answer):
+    answer = row.get(config.answer_column or "answer")
+    if answer is None or re.search(r"####|\\boxed", str(answer)):
         solution = str(answer or solution)
         answer = extract_answer(solution)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
@@ -1536,10 +1614,10 @@ def load_pool(config: Config) -> list[tuple[Problem, str, bool]]:
         return []
     rows = list(read_jsonl(path))[: config.eval_limit or None]
     for place, row in rows:
-        to_problem(row, -1, place)
+        to_problem(row, -1, place, config)
         if not (isinstance(row.get("attempt"), str) and isinstance(row.get("correct"), bool)):
             raise UsageError(f"{place}: 'attempt' (a text) or 'correct' (true or false) is missing")
-    return [(to_problem(row, -1, place), row["attempt"], row["correct"]) for place, row in rows]
+    return [(to_problem(row, -1, at, config), row["attempt"], row["correct"]) for at, row in rows]
 
 
 def check_context(policy: Policy, config: Config) -> None:
@@ -1559,16 +1637,29 @@ def describe(config: Config, policy: Policy) -> dict[str, Any]:
     """What config.json says of a run: every option, and what it ran on."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     versions |= {"transformers": transformers.__version__, "numpy": np.__version__}
+    # What "auto" has become here, so that a run that goes on elsewhere computes in the same way.
+    found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
     weights = weights_hash(policy.model)
-    return {**dataclasses.asdict(config), "versions": versions, "weights": weights}
+    return {**dataclasses.asdict(config), **found, "versions": versions, "weights": weights}
 
 
-def new_folder(path: str) -> Path:
+def new_folder(path: str, suffix: str = "") -> Path:
     """Make a folder for results. Raises UsageError rather than touch what is there already."""
-    folder = Path(path)
+    if world()[0]:  # of several processes the first one writes; the others' copies are forgotten
+        copy_of_it = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, copy_of_it, ignore_errors=True)
+        return copy_of_it
+    folder = Path(path or time.strftime("runs/%Y%m%d-%H%M%S") + suffix)
     try:
         if folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"--out {path} holds files already: name a new folder")
+            raise UsageError(
+                f"--out {path} holds files already: name a new folder"
+                + (
+                    f", or go on with that run: train --resume {path}"
+                    if is_unfinished(folder)
+                    else ""
+                )
+            )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".probe").touch()
         (folder / ".probe").unlink()
@@ -1579,14 +1670,24 @@ def new_folder(path: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is whole or not there at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole_or_not(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_or_not(path: Path) -> Iterator[TextIO]:
+    """A file to write that takes its place, on the disk, only when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
 def write_results(path: Path, dialogues: Iterable[Dialogue]) -> None:
     """A line a problem: every turn's text, extracted answer and verdict."""
-    with path.open("w", encoding="utf-8") as file:
+    with whole_or_not(path) as file:
         for dialogue in dialogues:
             turns = [dataclasses.asdict(turn) for turn in dialogue.turns]
             final = dialogue.attempts[-1].correct
@@ -1595,10 +1696,14 @@ def write_results(path: Path, dialogues: Iterable[Dialogue]) -> None:
 
 
 def save_model(policy: Policy, folder: Path) -> None:
-    """An ordinary Hugging Face folder, written beside its place and then renamed."""
+    """An ordinary Hugging Face folder (with LoRA: of the adapters), written beside its place and
+    then renamed."""
+    weights = whole_weights(policy.model)
+    if world()[0]:
+        return
     partial = folder.with_name(folder.name + ".partial")
     try:
-        policy.model.save_pretrained(partial)
+        policy.model.save_pretrained(partial, state_dict=weights)
         policy.tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)  # an earlier best/
         partial.rename(folder)
@@ -1608,17 +1713,18 @@ def save_model(policy: Policy, folder: Path) -> None:
 
 @contextlib.contextmanager
 def saved_at_the_end(policy: Policy, folder: Path) -> Iterator[None]:
-    """Save the policy to folder/checkpoint when the block ends, by Ctrl-C or an error too."""
+    """Save the policy to folder/checkpoint when the block ends, by Ctrl-C or an error too (one
+    process of several cannot do that alone)."""
     try:
         yield
     except KeyboardInterrupt:
         raise RunError(
-            f"stopped; the model as it is now lies in {folder}/checkpoint (evaluate it with 'eval "
-            f"--model {folder}/checkpoint'); to train again without stage 1: --v-star "
-            f"{folder}/v_star.jsonl"
+            f"stopped; go on with 'train --resume {folder}'. The model as it is now lies in "
+            f"{folder}/checkpoint (evaluate it with 'eval --model {folder}/checkpoint')"
         ) from None
     finally:
-        save_model(policy, folder / "checkpoint")
+        if world()[1] == 1 or sys.exc_info()[0] is None:
+            save_model(policy, folder / "checkpoint")
 
 
 def fingerprint(policy: Policy, problems: Sequence[Problem], config: Config) -> str:
@@ -1638,7 +1744,7 @@ def save_stage_one(path: Path, mark: str, dialogues: Sequence[Dialogue], v_star:
         correct = [turn.correct for turn in dialogue.attempts]
         verdicts = [turn.verdict for turn in dialogue.checks]
         samples[dialogue.problem].append({"correct": correct, "verdicts": verdicts})
-    with path.open("w", encoding="utf-8") as file:
+    with whole_or_not(path) as file:
         file.write(json.dumps({"fingerprint": mark}) + "\n")
         for problem, seen in samples.items():
             values = {role: v_star[problem.index, role] for role in ROLES}
@@ -1674,17 +1780,35 @@ def load_stage_one(
     return dialogues
 
 
+def first_evaluation(
+    policy: Policy, held_out: Sequence[Problem], config: Config, folder: Path
+) -> tuple[dict[str, Any], list[Dialogue]]:
+    """The evaluation before training; a run that goes on has it in before.json."""
+    path = folder / "before.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8")), []
+    before, dialogues = evaluate_policy(policy, held_out, config)
+    write_json(path, before)
+    return before, dialogues
+
+
 def first_stage(
-    ref: Policy, problems: Sequence[Problem], config: Config, folder: Path, said: set[str]
+    ref: Policy,
+    problems: Sequence[Problem],
+    config: Config,
+    folder: Path,
+    mark: str,
+    said: set[str],
 ) -> tuple[Baselines, list[Problem]]:
-    """Stage 1, sampled or read from --v-star: V^*, and the problems to train on."""
-    mark = fingerprint(ref, problems, config)
-    if config.v_star:
-        dialogues = load_stage_one(config.v_star, mark, problems, config)
+    """Stage 1, sampled or read (--v-star, a run that goes on): V^*, and the problems to train on."""
+    path, journal = folder / "v_star.jsonl", folder / "stage-1.jsonl"
+    if config.v_star or path.exists():
+        dialogues = load_stage_one(config.v_star or str(path), mark, problems, config)
     else:
-        dialogues = stage_one(ref, problems, config)
+        dialogues = stage_one(ref, problems, config, journal)
     v_star = baselines(dialogues, config)
-    save_stage_one(folder / "v_star.jsonl", mark, dialogues, v_star)
+    save_stage_one(path, mark, dialogues, v_star)
+    journal.unlink(missing_ok=True)  # its texts have done their service
     report_stage_one(dialogues, v_star)
     explain(stage_one_facts(dialogues, config), said)
     solved = {d.problem.index for d in dialogues if d.attempts[0].correct}
@@ -2330,12 +2454,65 @@ def print_dialogue(dialogue: Dialogue) -> None:
         print(f"           ({verdict})")
 
 
-# --- E. How sure can we be? -----------------------------------------------------------------------
+# --- E. The numbers, and how sure they are --------------------------------------------------------
 # 500 problems are a sample: "0.94" may be 0.92 or 0.96, and "better by 0.01" may be luck. So an
 # accuracy comes with a 95 % interval, and two models are compared on the same problems: only those
 # that one of them solved and the other did not say which is better. With --samples K the K attempts
 # at a problem can vote: by plain majority (*self-consistency*), or PAG's way, where only attempts
 # that the model's own check accepted have a vote. If checking is worth anything, that vote wins.
+
+
+def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str, float | None]:
+    """What (verdict, truth) pairs say of a verifier; a missing verdict is a miss. Precision: the
+    share of right ones among the attempts that it called correct.
+
+    >>> confusion([(True, True), (True, True), (True, True), (True, False)], "v")["v_balanced_acc"]
+    0.5
+    """
+    pairs = list(pairs)
+    on_right = mean(verdict is True for verdict, truth in pairs if truth)
+    on_wrong = mean(verdict is False for verdict, truth in pairs if not truth)
+    recalls = (on_right, on_wrong)
+    return {
+        f"{name}_acc": mean(verdict == truth for verdict, truth in pairs),
+        f"{name}_balanced_acc": None if None in recalls else mean(recalls),
+        f"{name}_recall_right": on_right,
+        f"{name}_recall_wrong": on_wrong,
+        f"{name}_precision": mean(truth for verdict, truth in pairs if verdict is True),
+    }
+
+
+def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
+    """What there is to say about some dialogues; a training batch and an evaluation share it."""
+    turns = [turn for d in dialogues for turn in d.turns]
+    attempts = [turn for d in dialogues for turn in d.attempts]
+    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
+    revised = [pair for d in dialogues for pair in zip(d.attempts, d.attempts[1:])]
+    firsts = [d.attempts[0].text for d in dialogues]
+    by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
+    return {
+        "acc_t1": mean(d.attempts[0].correct for d in dialogues),
+        "acc_final": mean(d.attempts[-1].correct for d in dialogues),
+        **confusion(judged, "verifier"),
+        "revision_rate": mean(len(d.attempts) > 1 for d in dialogues),
+        "answer_change_ratio": mean(not is_equiv(b.answer, a.answer) for a, b in revised),
+        "fixed": sum(not a.correct and b.correct for a, b in revised),
+        "broken": sum(a.correct and not b.correct for a, b in revised),
+        **{f"reward_{role}": mean(t.reward for t in made) for role, made in by_role.items()},
+        "response_tokens": mean(turn.end - turn.start for turn in turns),
+        **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
+        "no_answer_rate": mean(turn.answer is None for turn in attempts),
+        "truncated_rate": mean(not turn.ended for turn in turns),
+        "same_text_rate": max(Counter(firsts).values()) / len(firsts),  # 1: all alike
+    }
+
+
+def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+    """`statistics` as a report has it: with n, the number of problems, and with intervals."""
+    numbers = {"n": len(by_problem(dialogues)), **statistics(dialogues)}
+    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
+    ends = {"acc_t1_ci": 0, "acc_final_ci": -1}
+    return numbers | {name: interval(scores(dialogues, place)) for name, place in ends.items()}
 
 
 def wilson(successes: float, n: int) -> list[float]:
@@ -2449,7 +2626,9 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         ids = prompt + encode(policy.tokenizer, text)
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
         told.append(Dialogue(problem, ids, [turn]))
-    play(policy, told, 2, config, -1, 0.0, "verifier pool")
+    progress = Progress("verifier pool", len(told))
+    with gathered(policy.model):
+        play(policy, told, 2, config, -1, 0.0, progress)
     judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
     return confusion(judged, "verifier_pool")
 
@@ -3129,7 +3308,7 @@ def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
     problems = load_problems(test, 0, policy, config)
     left = {True: wanted, False: wanted}
     with (folder / "attempts.jsonl").open("w", encoding="utf-8") as file:
-        for dialogue in rollout(policy, problems, config, 0, label="attempts"):
+        for dialogue in rollout(policy, problems, config, 0):
             attempt, problem = dialogue.attempts[0], dialogue.problem
             if attempt.ended and left[attempt.correct] > 0:
                 left[attempt.correct] -= 1
@@ -3140,7 +3319,380 @@ def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
         raise RunError(f"the base's attempts lack {left[True]} right and {left[False]} wrong ones")
 
 
-# --- I. Speed: a token without Python, and how fast is it? ----------------------------------------
+# --- I. Runs that survive -------------------------------------------------------------------------
+# A long run is killed some day: by a time limit, a full disk, a power cut. What it needs to go on as
+# if nothing had happened is little, as its random numbers are a pure function of what they are for
+# (section 6) and its problems one of the step: the weights, AdamW's moments and the number of the
+# step. They go into state-<step>/ every --save-every steps. Each file takes its name only when it is
+# whole and on the disk, so a kill leaves the old one or the new one, never half of one. Stage 1 keeps
+# its dialogues in parts of STAGE_ONE_PART. On one machine a run that was killed and resumed writes
+# the same metrics, to the last digit, as one that was not.
+
+
+def due(every: int, step: int) -> bool:
+    """Is something that happens every so many steps (0: never) to happen after this one?"""
+    return every > 0 and (step + 1) % every == 0
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Does a run that can be resumed lie there? Its summary is the last thing it writes."""
+    return (folder / "config.json").is_file() and not (folder / "summary.json").is_file()
+
+
+def unfinished_run(path: str) -> tuple[Path, Config]:
+    """The run to go on with, `path` or the newest of runs/, and its options. Raises UsageError."""
+    runs = [Path(path)] if path else sorted(Path("runs").glob("*"), key=lambda f: f.stat().st_mtime)
+    found = [run for run in runs if is_unfinished(run)]
+    if not found:
+        why = "is finished" if (runs[-1:] or [Path()])[-1].joinpath("summary.json").exists() else ""
+        raise UsageError(f"--resume: {path or 'runs/'} {why or 'holds no unfinished run'}")
+    return found[-1], dataclasses.replace(
+        read_config(found[-1] / "config.json"), out=str(found[-1])
+    )
+
+
+def read_config(path: Path) -> Config:
+    """The options in a run's config.json. Raises UsageError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {item.name: type(item.default) for item in dataclasses.fields(Config)}
+        return Config(**{name: kinds[name](values[name]) for name in kinds if name in values})
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not the config.json of a run: {error}") from error
+
+
+def reopen_folder(path: str, about: dict[str, Any]) -> Path:
+    """The folder of the run that goes on, if it started from these weights. Raises UsageError."""
+    folder = Path(path)
+    if (
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))["weights"]
+        != about["weights"]
+    ):
+        raise UsageError(f"--resume: {about['model']} holds other weights than when {path} began")
+    if world()[0]:  # the other processes read what there is, and write into a copy
+        copy_of, folder = folder, new_folder("")
+        for item in copy_of.iterdir():
+            if item.is_dir():
+                (folder / item.name).symlink_to(item.resolve())
+            else:
+                shutil.copy(item, folder)
+    wait_for_all()
+    return folder
+
+
+def intact_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file up to the first broken one: a kill can leave half a line."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines):
+        try:
+            json.loads(line if line.endswith("\n") else "")
+        except ValueError:
+            print(f"{path}, line {number + 1}: cut off; it and what follows is done again")
+            return lines[:number]
+    return lines
+
+
+def cut_lines(path: Path, lines: Sequence[str]) -> None:
+    """Leave these lines in the file."""
+    with whole_or_not(path) as file:
+        file.writelines(lines)
+
+
+def append_journal(path: Path, dialogues: Iterable[Dialogue]) -> None:
+    """Add dialogues to stage 1's journal."""
+    with path.open("a", encoding="utf-8") as file:
+        for d in dialogues:
+            print(json.dumps([d.ids, [dataclasses.asdict(turn) for turn in d.turns]]), file=file)
+
+
+def read_journal(path: Path, problems: Sequence[Problem], part: int) -> list[Dialogue]:
+    """The dialogues that a killed stage 1 had played, in whole parts (a part is played together,
+    and rounding depends on the company)."""
+    lines = intact_lines(path)
+    if len(lines) < len(problems):
+        lines = lines[: len(lines) // part * part]
+    if path.exists():
+        cut_lines(path, lines)
+    rows = map(json.loads, lines)
+    return [Dialogue(p, ids, [Turn(**t) for t in turns]) for p, (ids, turns) in zip(problems, rows)]
+
+
+def states(folder: Path) -> list[Path]:
+    """The saved states of a run, the newest last."""
+    names = (path for path in folder.glob("state-*") if path.name[6:].isdigit())
+    return sorted(names, key=lambda path: int(path.name[6:]))
+
+
+def save_state(
+    folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Config
+) -> None:
+    """Write state-<step>/ and drop all but the last two."""
+    state = {
+        "model": get_model_state_dict(policy.model, options=WHOLE),
+        "optimizer": get_optimizer_state_dict(policy.model, optimizer, options=WHOLE),
+        "scaler": policy.scaler.state_dict(),
+        "update_tokens": config.update_tokens,
+    }
+    if world()[0]:
+        return
+    place = folder / f"state-{step}"
+    partial = place.with_name(place.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        with (partial / "training.pt").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        write_json(partial / "state.json", {"step": step, "training.pt": size})
+    except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
+        raise RunError(f"{place} cannot be saved ({error}); go on with --resume") from error
+    shutil.rmtree(place, ignore_errors=True)  # one that could not be used
+    partial.rename(place)
+    for old in states(folder)[:-2]:
+        shutil.rmtree(old)
+
+
+def fault(state: Path, n_metrics: int) -> str:
+    """Why this state cannot be used; '' if it can."""
+    try:
+        listed = json.loads((state / "state.json").read_text(encoding="utf-8"))
+        if (state / "training.pt").stat().st_size != listed["training.pt"]:
+            return "training.pt is cut off"
+        return "metrics.jsonl ends before it" if listed["step"] > n_metrics else ""
+    except (OSError, ValueError, KeyError) as error:
+        return f"not complete: {error}"
+
+
+def restore(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, config: Config
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Bring policy and optimizer back to the newest good state, if there is one: the metrics and
+    the evaluations up to there. What was written after it is cut off, to be done again."""
+    lines = {name: intact_lines(folder / f"{name}.jsonl") for name in ("metrics", "eval")}
+    good = None
+    for state in states(folder):
+        if why := fault(state, len(lines["metrics"])):
+            print(f"{state} is of no use ({why}); an earlier one is")
+        else:
+            good = state
+    step = int(good.name[6:]) if good else 0
+    if good:
+        print(f"going on after step {step}")
+        saved = torch.load(good / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+        set_model_state_dict(policy.model, saved["model"], options=WHOLE)
+        set_optimizer_state_dict(policy.model, optimizer, saved["optimizer"], options=WHOLE)
+        policy.scaler.load_state_dict(saved["scaler"])
+        config.update_tokens = saved["update_tokens"]
+    kept = {}
+    for name, there in lines.items():
+        keep = [line for line in there if json.loads(line)["step"] <= step]
+        if len(keep) < len(there) or there != keep:
+            cut_lines(folder / f"{name}.jsonl", keep)
+        kept[name] = [json.loads(line) for line in keep]
+    return kept["metrics"], kept["eval"]
+
+
+# --- J. Large models, several devices -------------------------------------------------------------
+# A model of 1.5 billion parameters, its gradient, AdamW's two moments and the reference are 31 GB in
+# float32. LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then be half
+# as wide; the reference is the same weights without them. Recomputing activations in the backward
+# pass trades time for memory.
+#
+# `torchrun --nproc_per_node=8 astarpo.py train ...` starts eight of us. Each plays its share of the
+# dialogues; all exchange them, so that each knows all and counts alike; each scores its share, and
+# the gradients are summed. ddp: every process holds everything. fsdp: weights, gradients and moments
+# are dealt out in slices and put together layer by layer where they are needed (PyTorch's FSDP2),
+# but as a whole while sampling, where every process goes at its own pace.
+
+WHOLE = StateDictOptions(
+    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
+)
+
+
+def add_adapters(policy: Policy, rank: int, seed: int) -> None:
+    """LoRA beside every linear layer but the head: only these float32 matrices learn."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UsageError("--lora needs the package peft: pip install peft") from error
+    torch.manual_seed(seed)
+    policy.model.requires_grad_(False)
+    kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, **kind)
+    policy.model.add_adapter(lora)
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    policy.adapters = True
+
+
+def switch_adapters(model: Any, on: bool) -> None:
+    """Compute with the adapters (the policy) or without them (the reference)."""
+    if getattr(model, "adapters_on", True) != on:  # it walks over all layers: not for each token
+        model.enable_adapters() if on else model.disable_adapters()
+        model.adapters_on = on
+
+
+def merged_adapters(path: Path, options: dict[str, Any]) -> Any:
+    """A LoRA checkpoint as an ordinary model: its base, which adapter_config.json names, with the
+    adapters added to the weights."""
+    try:
+        from peft import AutoPeftModelForCausalLM
+    except ImportError as error:
+        raise UsageError(f"{path} holds LoRA adapters: pip install peft") from error
+    return AutoPeftModelForCausalLM.from_pretrained(str(path), **options).merge_and_unload()
+
+
+def blocks(model: Any) -> list[Any]:
+    """The layers of a transformer, whatever the architecture calls them."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+@contextlib.contextmanager
+def recomputing(model: Any) -> Iterator[None]:
+    """--gradient-checkpointing, where a gradient will be wanted. transformers does it in training
+    mode only, which would wake dropout as well: so only the layers' own flags are set, and only
+    here (while sampling it would switch the cache off)."""
+    try:
+        for layer in blocks(model):
+            layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
+        yield
+    finally:
+        for layer in blocks(model):
+            layer.training = False
+
+
+def halve_micro_batches(dialogues: Sequence[Dialogue], config: Config) -> None:
+    """After running out of memory. Raises RunError where that does not help."""
+    longest = max(len(dialogue.ids) for dialogue in dialogues)
+    if world()[1] > 1 or config.update_tokens <= longest:
+        raise RunError(
+            f"out of memory in an update of {config.update_tokens} tokens at a time: try a lower "
+            "--update-tokens, --gradient-checkpointing, --lora 32, or shorter responses"
+        )
+    config.update_tokens = max(longest, config.update_tokens // 2)
+    torch.cuda.empty_cache()
+    print(f"out of memory: from here on --update-tokens is {config.update_tokens}")
+
+
+def world() -> tuple[int, int]:
+    """Which process is this, and how many are there?"""
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+
+
+def join_processes(device: str) -> None:
+    """Under torchrun: meet the other processes. Only the first one prints."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    gpu = device != "cpu" and torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
+    if world()[0]:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def wait_for_all() -> None:
+    """Go on when all processes have come here."""
+    if world()[1] > 1:
+        dist.barrier()
+
+
+def deal(items: Sequence[Any]) -> list[Any]:
+    """This process's share."""
+    rank, size = world()
+    return [*items[rank::size]]
+
+
+def collect(mine: list[Any], n: int) -> list[Any]:
+    """All n items, in the order before they were dealt."""
+    _, size = world()
+    if size == 1:
+        return mine
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, mine)
+    whole = [None] * n
+    for rank, part in enumerate(parts):
+        whole[rank::size] = part
+    return whole
+
+
+def my_share(dialogues: Sequence[Dialogue], budget: int) -> list[tuple[Sequence[Dialogue], float]]:
+    """The micro-batches of this process, with their weights. All processes have as many: a slice of
+    FSDP's waits for the others in each pass, so who has fewer adds passes that weigh nothing."""
+    rank, size = world()
+    cuts = []
+    for part in (dialogues[r::size] for r in range(size)):
+        batches = token_batches([len(d.ids) for d in part], budget)
+        cuts.append([([part[i] for i in batch], 1.0) for batch in batches])
+    return cuts[rank] + [(dialogues[:1], 0.0)] * (max(map(len, cuts)) - len(cuts[rank]))
+
+
+def spread(policy: Policy, ref: Policy, config: Config) -> None:
+    """--parallel fsdp: deal out the weights of policy and reference."""
+    if world()[1] == 1 or config.parallel != "fsdp":
+        return
+    mesh = init_device_mesh(policy.device.type, (world()[1],))
+    for model in (policy.model, ref.model):
+        for layer in blocks(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)  # the rest, with the (often tied) embeddings
+        model.score_tokens = types.MethodType(score_tokens, model)
+        register_fsdp_forward_method(model, "score_tokens")
+
+
+def method_of(model: Any, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` of this model, as the method that fsdp has made of it if there is one."""
+    return getattr(model, function.__name__, None) or functools.partial(function, model)
+
+
+@contextlib.contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """fsdp: put the weights together for a while."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(True, recurse=False)
+        part.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that fsdp has dealt out, put together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(model: Any) -> dict[str, Tensor] | None:
+    """The weights that fsdp has dealt out, for the first process; None: save the model's own."""
+    if not isinstance(model, FSDPModule):
+        return None
+    return get_model_state_dict(model, options=dataclasses.replace(WHOLE, strict=True))
+
+
+def sum_over_processes(model: Any, seen: dict[str, float]) -> dict[str, float]:
+    """Add up over the processes the gradients and the numbers that were seen."""
+    _, size = world()
+    if size == 1:
+        return dict(seen)
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if isinstance(model, FSDPModule):
+            parameter.grad *= size  # fsdp has summed already, and divided
+        else:
+            dist.all_reduce(parameter.grad)
+    device = next(model.parameters()).device
+    numbers = torch.tensor([*seen.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(numbers)
+    return dict(zip(seen, numbers.tolist()))
+
+
+# --- K. Speed: a token without Python, and how fast is it? ----------------------------------------
 # A small model's step from token to token is a few hundred operations on small tensors, and between
 # two of them Python takes longer than they do. So the step is recorded once and then repeated.
 
@@ -3209,6 +3761,8 @@ def record(policy: Policy, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
     step = NextToken(policy.model)
     other = ([0, 1, -1], torch.full_like(positions, furthest), 3)
     same = False
+    if isinstance(policy.model, FSDPModule):  # its weights come and go
+        return step
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
         recorded = torch.jit.trace(step, example([0, 1], positions, 0), check_trace=False)
         same = torch.equal(recorded(*example(*other)), step(*example(*other)))
@@ -3248,7 +3802,7 @@ def generated(policy: Policy, problems: Sequence[Problem], config: Config) -> in
     for i in range(0, len(problems), config.batch_size):
         prompts = [policy.prompt_ids(problem) for problem in problems[i : i + config.batch_size]]
         ids, real = left_pad(prompts, policy.device)
-        with policy.autocast():
+        with policy.active():
             out = policy.model.generate(ids, attention_mask=real.long(), generation_config=plain)
         ended = torch.isin(out[:, ids.shape[1] :], ends).long()
         tokens += int((ended.cumsum(1) - ended == 0).sum())  # up to the first end token
@@ -3306,7 +3860,8 @@ def bench_step(
 
     def score(model: Policy, backward: bool = False) -> None:
         for batch in batches:
-            logps = token_logps(model, batch.ids, batch.mask, batch.scored)
+            with torch.set_grad_enabled(model is policy):
+                logps = token_logps(model, batch.ids, batch.mask, batch.scored)
             if backward:
                 logps.sum().backward()
 
@@ -3324,7 +3879,7 @@ def bench_step(
     work = {
         "sampling": lambda: rollout(policy, chosen, config, 1, range(len(chosen))),
         "reward": check,
-        "reference": lambda: score(ref),  # its parameters ask for no gradient
+        "reference": lambda: score(ref),
         "policy": lambda: score(policy),
         "backward": lambda: score(policy, backward=True),
         "optimizer": optimize,
@@ -3394,16 +3949,18 @@ def report_bench(found: dict[str, Any], problems: int, config: Config, repeats: 
     print(f"  {'update, % of the matmul rate':<38}{shares[0]:>12.0f}{shares[1]:>12.0f}")
     rate = found["dialogue"]["matmul_flops_per_s"] / 1e9
     print(f"\nmatmul rate {rate:,.0f} GFLOP/s, peak memory {found['peak_memory_mib']:,.0f} MiB")
-    grown = found["problems_doubled"], found["length_doubled"], found["dialogue"]["batch_doubled"]
-    text = "stage 1 with problems {:.2f}, sampling with length {:.2f}, update with batch {:.2f}"
-    print("growth when doubled: " + text.format(*grown))
+    print(f"\n{'when this doubles':<40}{'time grows':>12}")
+    print(f"  {'problems of stage 1':<38}{found['problems_doubled']:>12.2f}")
+    print(f"  {'length of all responses':<38}{found['length_doubled']:>12.2f}")
+    print(f"  {'batch of an update':<38}{found['dialogue']['batch_doubled']:>12.2f}")
 
 
-# --- J. The command line --------------------------------------------------------------------------
+# --- L. The command line --------------------------------------------------------------------------
 
 EVAL_OPTIONS = (
     "model", "eval_data", "out", "seed", "revisions", "max_prompt_tokens", "max_new_tokens",
-    "temperature", "eval_limit", "rollout_tokens", "device", "dtype", "threads",
+    "temperature", "problem_column", "answer_column", "eval_limit", "rollout_tokens", "device",
+    "dtype", "threads",
 )  # fmt: skip
 EVAL_ONLY = ("samples", "top_p", "compare")
 BENCH_OPTIONS = (
@@ -3411,6 +3968,31 @@ BENCH_OPTIONS = (
     "max_prompt_tokens", "max_new_tokens", "rollout_tokens", "update_tokens", "device", "dtype",
     "threads",
 )  # fmt: skip
+BENCH_DEFAULTS = {"train_limit": 512, "max_new_tokens": 72}
+EVAL_DEFAULTS = {"model": "", "temperature": 0.0, "eval_limit": 0}
+
+# Real models. What is marked * is the value of the A*-PO authors' MATH script (7,500 problems, 25
+# epochs: 732 batches of 256); what is not is ours, for one GPU of 80 GB.
+A_PO = {
+    "model": "Qwen/Qwen2.5-1.5B",  # *
+    "train_data": "EleutherAI/hendrycks_math",  # * the 7,500 problems of MATH
+    "eval_data": "HuggingFaceH4/MATH-500",  # *
+    "beta1": 0.5, "beta2": 1e-3, "num_samples": 8,  # *
+    "lr": 1e-6, "batch_size": 256, "minibatches": 2, "steps": 732,  # *
+    "max_prompt_tokens": 256, "max_new_tokens": 1024,  # *
+    "drop_unsolved": False, "revisions": 0,  # * never-solved problems are kept; no PAG turns
+    "train_limit": 0, "eval_limit": 0, "warmup": 10, "save_every": 20, "eval_every": 0,
+    "rollout_tokens": 500_000, "update_tokens": 16_384, "gradient_checkpointing": True,
+}  # fmt: skip
+PRESETS = {
+    "a-po": A_PO,
+    # Our combination: PAG's model and its one revision with alpha 1, trained as above.
+    "pag": {**A_PO, "model": "Qwen/Qwen2.5-1.5B-Instruct", "revisions": 1, "alpha": 1.0},
+}
+# How the PAG authors evaluate.
+EVAL_PRESETS: dict[str, dict[str, Any]] = {
+    "a-po": {}, "pag": {"temperature": 0.6, "top_p": 0.95, "samples": 8},
+}  # fmt: skip
 
 
 def newest_model() -> str:
@@ -3430,19 +4012,26 @@ def solve(config: Config, problem: str) -> Dialogue:
     return dialogue
 
 
-def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Options from the fields of Config: their names, types, defaults and help."""
+def add_options(
+    parser: argparse.ArgumentParser, names: Iterable[str], defaults: dict[str, Any] | None = None
+) -> None:
+    """Options from the fields of Config: their names, types, defaults and help. Those that are not
+    given are absent from what is parsed: presets and files come in between."""
     for item in dataclasses.fields(Config):
         if item.name in names:
             flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
+            default = {item.name: item.default, **(defaults or {})}[item.name]
             if item.type == "bool":
                 kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
             else:
                 kind = {"type": {"int": int, "float": float, "str": str}[item.type]}
                 choices = item.metadata["choices"]
                 kind |= {"choices": choices} if choices else {"metavar": item.type.upper()}
-                text += " (default: %(default)s)" if item.default != "" else ""
-            parser.add_argument(flag, default=item.default, help=text, **kind)
+            text += f" (default: {default})" if default != "" else ""
+            parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--preset", choices=PRESETS, help="the sizes for a real model and MATH")
+    parser.add_argument("--config", metavar="FILE", help="the options of a run's config.json")
+    parser.epilog = "An option that is given counts before --config, that before --preset."
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -3453,19 +4042,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     training = [item.name for item in dataclasses.fields(Config) if item.name not in EVAL_ONLY]
-    add_options(commands.add_parser("train", help="evaluate, stage 1, stage 2, evaluate"), training)
+    learning = commands.add_parser("train", help="evaluate, stage 1, stage 2, evaluate")
+    add_options(learning, training)
+    learning.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="go on with an unfinished run, alone"
+        " with its own options (default RUN: the newest of runs/)",
+    )  # fmt: skip
     evaluation = commands.add_parser("eval", help="evaluate a model on held-out problems")
     solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
     solving.add_argument("problem", help="the problem's text, in quotes")
-    for command, names in ((evaluation, EVAL_OPTIONS + EVAL_ONLY), (solving, EVAL_OPTIONS)):
-        add_options(command, names)
-        command.set_defaults(model="", temperature=0.0, eval_limit=0)
+    add_options(evaluation, EVAL_OPTIONS + EVAL_ONLY, EVAL_DEFAULTS)
+    add_options(solving, EVAL_OPTIONS, EVAL_DEFAULTS)
     plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
     plotting.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     plotting.add_argument("--out", default="dashboard.png", help="file (default: %(default)s)")
     measuring = commands.add_parser("bench", help="measure how fast everything is")
-    add_options(measuring, BENCH_OPTIONS)
-    measuring.set_defaults(train_limit=512, max_new_tokens=72)
+    add_options(measuring, BENCH_OPTIONS, BENCH_DEFAULTS)
     measuring.add_argument("--repeats", type=int, default=3, help="of each (default: %(default)s)")
     measuring.add_argument("--json", default="", metavar="FILE", help="write the numbers to FILE")
     data = commands.add_parser("data", help="write data/train.jsonl and data/test.jsonl")
@@ -3474,6 +4066,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("--folder", default="data", help="where to (default: %(default)s)")
         command.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
     return parser.parse_args(argv)
+
+
+def chosen_config(options: argparse.Namespace) -> Config:
+    """The options: given ones, else those of --config, else of --preset, else the defaults."""
+    names = {item.name for item in dataclasses.fields(Config)}
+    values = dict(PRESETS[options.preset]) if options.preset else {}
+    if options.config:
+        values |= dataclasses.asdict(read_config(Path(options.config))) | {"out": ""}
+    if options.command == "bench":
+        values = BENCH_DEFAULTS | {k: v for k, v in values.items() if k in BENCH_OPTIONS}
+    elif options.command != "train":
+        values = {k: v for k, v in values.items() if k in EVAL_OPTIONS} | EVAL_DEFAULTS
+        values |= EVAL_PRESETS.get(options.preset, {})
+    values |= {name: value for name, value in vars(options).items() if name in names}
+    return Config(**values)
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -3485,15 +4092,20 @@ def run_command(options: argparse.Namespace) -> None:
     if options.command == "plot":
         plot([Path(run) for run in options.runs], Path(options.out))
         return print(f"written to {options.out}")
-    names = {item.name for item in dataclasses.fields(Config)}
-    config = Config(**{k: value for k, value in vars(options).items() if k in names})
-    if options.command not in ("train", "bench"):
-        config.model = config.model or newest_model()
+    config = chosen_config(options)
+    if options.command == "train" and options.resume is not None:
+        if config != Config():
+            raise UsageError("--resume goes on with the run's own options: leave the others out")
+        _, config = unfinished_run(options.resume)
+    join_processes(config.device)
+    if options.command == "train":
+        train(config, resume=options.resume is not None)
+        return None
     if options.command == "bench":
         bench(config, options.repeats, options.json)
-    elif options.command == "train":
-        train(config)
-    elif options.command == "solve":
+        return None
+    config.model = config.model or newest_model()
+    if options.command == "solve":
         solve(config, options.problem)
     else:
         evaluate(config, config.temperature)
@@ -3509,18 +4121,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, message = 2, str(error)
     except ImportError as error:  # matplotlib, for 'plot'
         status, message = 2, f"{error}; pip install {error.name}"
-    except (RunError, OSError) as error:  # OSError: a full disk, say
+    except (RunError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         status, message = 1, str(error)
+    except RuntimeError as error:
+        lost = str(error).strip().split("\n")[0]
+        if world()[1] == 1 or not re.search(
+            "peer|connection|timed? ?out|nccl", lost, re.IGNORECASE
+        ):
+            raise
+        status, message = 1, f"another process of this run is gone ({lost}); go on with --resume"
     except KeyboardInterrupt:
         status, message = 1, "stopped"
-        if options.command == "train":
-            message += (
-                f"; what is done lies in {options.out or 'the newest folder of runs/'}: v_star.jsonl "
-                "if stage 1 was finished (use it again with --v-star), checkpoint/ if stage 2 was "
-                "(evaluate it with 'eval --model FOLDER/checkpoint')"
-            )
+        message += "; go on with 'train --resume'" if options.command == "train" else ""
     else:
         return 0
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 

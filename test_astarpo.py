@@ -12,25 +12,31 @@ import doctest
 import itertools
 import json
 import math
+import os
 import pathlib
 import random
 import re
 import shutil
 import signal
+import socket
 import string
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import types
 import unicodedata
 import zlib
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -382,7 +388,7 @@ def test_the_recorded_step_is_the_model_also_after_its_weights_changed(base, pro
     assert isinstance(policy.step, torch.jit.ScriptModule)
     with torch.no_grad():
         for parameter in policy.model.parameters():
-            parameter.mul_(1.02)
+            parameter.mul_(0.7)
     after = A.rollout(policy, problems, config, 0, temperature=0.0)
     plain = dataclasses.replace(policy)
     assert plain.step is None  # a copy may hold another model: nothing recorded goes along
@@ -1569,15 +1575,68 @@ def test_the_verifier_pool_is_balanced_and_scored(base):
     ],
 )
 def test_the_columns_of_common_data_sets_are_understood(row, problem, answer, level):
-    read = A.to_problem(row, 0, "here")
+    read = A.to_problem(row, 0, "here", A.Config())
     assert (read.problem, read.answer, read.level) == (problem, answer, level)
 
 
-def test_a_folder_is_read_by_datasets(tmp_path, base):
-    rows = [{"problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(5)]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    problems = A.load_problems(str(tmp_path), 3, base, A.Config())
+ROWS = [{"problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(5)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.csv", "folder"])
+def test_files_and_folders_of_all_common_formats_are_read(name, tmp_path, base, capsys):
+    path, data = tmp_path / name, Dataset.from_list(ROWS)
+    if name == "a.json":
+        path.write_text(json.dumps(ROWS))
+    elif name == "folder":
+        path.mkdir()
+        data.to_json(path / "train.jsonl")
+    else:
+        getattr(data, {"a.jsonl": "to_json", "a.parquet": "to_parquet", "a.csv": "to_csv"}[name])(
+            path
+        )
+    problems = A.load_problems(str(path), 3, base, A.Config())
     assert [p.answer for p in problems] == ["1", "2", "3"]
+    shown = capsys.readouterr().out
+    assert "3 of 5 problems" in shown and "What is 1 + 1? -> 2" in shown
+
+
+def test_training_takes_the_train_split_and_evaluation_the_test_split(tmp_path, base):
+    for split in ("train", "test"):
+        Dataset.from_list([{"problem": split, "answer": "1"}]).to_json(tmp_path / f"{split}.jsonl")
+    for split in ("train", "test"):
+        (problem,) = A.load_problems(str(tmp_path), 0, base, A.Config(), split)
+        assert problem.problem == split
+
+
+@pytest.mark.parametrize("names, n", [(("algebra", "geometry"), 2), (("main", "socratic"), 1)])
+def test_all_configurations_are_read_unless_one_is_the_main_one(names, n, tmp_path, base):
+    head = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in names)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{head}---\n")
+    for name in names:
+        Dataset.from_list([{"question": name, "answer": "#### 1"}]).to_json(
+            tmp_path / f"{name}.jsonl"
+        )
+    problems = A.load_problems(str(tmp_path), 0, base, A.Config())
+    assert [p.problem for p in problems] == [*names][:n]
+
+
+def test_other_columns_can_be_named(tmp_path, base, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"task": "P", "worked": r"so \boxed{7}", "answer": "no"}) + "\n")
+    columns = ["--problem-column", "task", "--answer-column", "worked"]
+    config = A.chosen_config(A.parse(["train", *columns]))
+    (problem,) = A.load_problems(str(file), 0, base, config)
+    assert (problem.problem, problem.answer) == ("P", "7")
+    arguments = [
+        "--train-data",
+        str(file),
+        "--problem-column",
+        "tsak",
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    assert A.main(["train", *arguments]) == 2
+    assert "line 1: no column 'tsak' (there are task" in capsys.readouterr().err
 
 
 def test_another_kind_of_model_without_chat_template_or_pad_token_trains(tmp_path, base, capsys):
@@ -1585,6 +1644,26 @@ def test_another_kind_of_model_without_chat_template_or_pad_token_trains(tmp_pat
     A.train(quick(model=str(folder), steps=1, max_new_tokens=8, out=str(tmp_path / "run")))
     assert "no chat template" in capsys.readouterr().out
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("system", ["", "<|system|>Be brief.<|end|>"])
+def test_a_dialogue_is_what_the_template_would_write_with_its_bos_and_system_turn(
+    system, base, problems
+):
+    policy = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer))
+    policy.tokenizer.add_special_tokens({"bos_token": "<|pad|>"})
+    policy.tokenizer.add_bos_token = True
+    policy.tokenizer.chat_template = "{{ bos_token }}" + system + base.tokenizer.chat_template
+    dialogue = A.rollout(policy, problems[:1], A.Config(max_new_tokens=40), 1)[0]
+    assert len(dialogue.turns) > 1 and all(turn.ended for turn in dialogue.turns)
+    said = [{"role": "user", "content": A.SOLVE_PROMPT.replace("{problem}", problems[0].problem)}]
+    for turn in dialogue.turns:
+        said.append({"role": "assistant", "content": turn.text})
+        request = A.REVISE_PROMPT if turn.role == "verify" else A.VERIFY_PROMPT
+        said.append({"role": "user", "content": request})
+    whole = policy.tokenizer.apply_chat_template(said[:-1], tokenize=False)
+    assert policy.tokenizer.decode(dialogue.ids) == whole
+    assert dialogue.ids.count(policy.tokenizer.bos_token_id) == 1
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -1747,9 +1826,387 @@ def test_ctrl_c_keeps_what_was_learned(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 1 and "--v-star" in error and "Traceback" not in error
+    assert process.returncode == 1 and "--resume" in error and "Traceback" not in error
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
     assert read_lines(tmp_path / "run" / "v_star.jsonl")
+
+
+# --- Runs that survive ----------------------------------------------------------------------------
+# Children are forked, so that they can be killed for good (SIGKILL) without taking pytest along.
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Start `work` in a forked process."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - whatever it was, the child must not go on as pytest
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+def status_of(pid: int) -> int:
+    """Wait for a forked process: its exit status, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def in_child(work: Callable[[], object]) -> int:
+    return status_of(forked(work))
+
+
+def short_run(folder: Path) -> A.Config:
+    """A run with everything in it: stage 1 in parts, states, evaluations on the way."""
+    return quick(
+        out=str(folder), steps=5, batch_size=4, num_samples=2, train_limit=6, eval_limit=6,
+        max_new_tokens=10, save_every=2, eval_every=2, lr=1e-3,
+    )  # fmt: skip
+
+
+def start_or_go_on(folder: Path) -> None:
+    """In a child: the short run, from its beginning or from where it was killed."""
+    A.STAGE_ONE_PART = 4
+    sys.modules["matplotlib"] = None  # drawing takes longer than all the rest
+    if A.is_unfinished(folder):
+        assert A.main(["train", "--resume", str(folder)]) == 0
+    else:
+        A.train(short_run(folder))
+
+
+def killed_at(folder: Path, moment: int) -> Callable[[], None]:
+    """A run that kills itself when it touches its folder for the `moment`-th time."""
+
+    def work() -> None:
+        touched = itertools.count(1)
+
+        def watch(event: str, arguments: tuple) -> None:
+            writes = event == "open" and arguments[1] not in ("r", "rb", None)
+            writes |= event in ("os.rename", "os.mkdir", "os.remove", "shutil.rmtree")
+            if writes and str(folder) in str(arguments[0]) and next(touched) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        start_or_go_on(folder)
+
+    return work
+
+
+def left_by(folder: Path) -> dict[str, Any]:
+    """What a run has produced, without its speed."""
+    metrics = read_lines(folder / "metrics.jsonl")
+    for row in metrics:
+        row.pop("tokens_per_second")
+    names = ["v_star.jsonl", "eval.jsonl", "summary.json", "eval_results.jsonl"]
+    weights = {name: folder / name / "model.safetensors" for name in ("checkpoint", "best")}
+    found = {name: (folder / name).read_bytes() for name in names}
+    return found | {k: v.read_bytes() for k, v in weights.items()} | {"metrics": metrics}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, Any]:
+    """What the short run leaves when nobody kills it."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert in_child(lambda: start_or_go_on(folder)) == 0
+    return left_by(folder)
+
+
+SOAK = int(os.environ.get("ASTARPO_SOAK", "0"))  # how many times to kill at random
+
+
+@pytest.mark.parametrize("moment", range(3, 200) if SOAK else (8, 13, 24))
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    assert in_child(killed_at(folder, moment)) in (-signal.SIGKILL, 0)
+    if not A.is_unfinished(folder):
+        pytest.skip("the run ended before")
+    in_child(killed_at(folder, 5))  # again, while it is being resumed
+    if A.is_unfinished(folder):
+        assert in_child(lambda: start_or_go_on(folder)) == 0
+    assert left_by(folder) == undisturbed
+    assert not list(folder.glob("*.partial")) and not (folder / "stage-1.jsonl").exists()
+    assert [state.name for state in A.states(folder)] == ["state-4", "state-5"]
+
+
+@pytest.mark.skipif(not SOAK, reason="set ASTARPO_SOAK to the number of kills")
+def test_any_number_of_kills_at_any_time(undisturbed, tmp_path):
+    folder, rng = tmp_path / "run", random.Random(0)
+    for kill in itertools.count():
+        if not A.is_unfinished(folder):
+            if (folder / "summary.json").exists():
+                break
+            shutil.rmtree(folder, ignore_errors=True)  # there was nothing to keep yet
+        child = forked(lambda: start_or_go_on(folder))
+        time.sleep(rng.uniform(0, 2) if kill < SOAK else 60)
+        os.kill(child, signal.SIGKILL)
+        status_of(child)
+    assert left_by(folder) == undisturbed
+
+
+def unfinished(finished: Path, folder: Path) -> Path:
+    """A finished run made unfinished: only its summary is gone."""
+    shutil.copytree(finished, folder)
+    (folder / "summary.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda run: (run / "state-2" / "training.pt").unlink(), "state-2 is of no use"),
+        (lambda run: (run / "state-2" / "state.json").unlink(), "state-2 is of no use"),
+        (lambda run: os.truncate(run / "state-2" / "training.pt", 999), "cut off"),
+        (lambda run: os.truncate(run / "metrics.jsonl", 1200), "metrics.jsonl, line 2: cut off"),
+    ],
+)
+def test_a_damaged_state_is_named_and_the_one_before_is_used(
+    damage, said, finished, tmp_path, capsys
+):
+    folder = unfinished(finished, tmp_path / "run")
+    damage(folder)
+    assert A.main(["train", "--resume", str(folder)]) == 0
+    assert said in capsys.readouterr().out
+    assert left(folder) == left(finished)
+
+
+def left(folder: Path) -> tuple[Any, bytes]:
+    metrics = [{**row, "tokens_per_second": 0} for row in read_lines(folder / "metrics.jsonl")]
+    return metrics, (folder / "checkpoint" / "model.safetensors").read_bytes()
+
+
+def test_resume_without_a_name_takes_the_newest_unfinished_run(
+    finished, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    unfinished(finished, tmp_path / "runs" / "one")
+    assert A.main(["train", "--out", "runs/one"]) == 2
+    assert "train --resume runs/one" in capsys.readouterr().err
+    assert A.main(["train", "--resume"]) == 0
+    assert (tmp_path / "runs" / "one" / "summary.json").exists()
+    assert "stage 1" not in capsys.readouterr().out
+    for arguments, complaint in (
+        (["--resume"], "is finished"),
+        (["--resume", "nowhere"], "holds no unfinished run"),
+        (["--resume", "runs/one", "--lr", "0.1"], "leave the others out"),
+    ):
+        assert A.main(["train", *arguments]) == 2
+        assert complaint in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_from_other_weights(finished, tmp_path, capsys):
+    folder = unfinished(finished, tmp_path / "run")
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, "weights": "0123456789abcdef"}))
+    assert A.main(["train", "--resume", str(folder)]) == 2
+    assert "other weights" in capsys.readouterr().err
+
+
+def test_given_options_count_before_a_config_file_and_that_before_a_preset(finished):
+    def chosen(*arguments: str) -> A.Config:
+        return A.chosen_config(A.parse(arguments))
+
+    file = ("--config", str(finished / "config.json"))
+    assert chosen("train") == A.Config()
+    assert chosen("train", "--preset", "a-po").batch_size == 256
+    assert chosen("train", "--preset", "a-po", *file).batch_size == 8
+    assert chosen("train", "--preset", "a-po", *file, "--batch-size", "3").batch_size == 3
+    assert chosen("train", *file).seed == 5 and chosen("train", *file).out == ""
+    pag = chosen("eval", "--preset", "pag")
+    assert (pag.temperature, pag.top_p, pag.samples, pag.max_new_tokens) == (0.6, 0.95, 8, 1024)
+    assert pag.model == "" and chosen("eval").temperature == 0
+    for preset in A.PRESETS.values():
+        A.check_options(A.Config(**preset), training=True)
+
+
+# --- Large models, several devices ----------------------------------------------------------------
+
+
+def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, problems, tmp_path):
+    pytest.importorskip("peft")  # an optional package
+    config = quick(lora=4, lr=1e-2, out=str(tmp_path / "run"), max_new_tokens=24)
+    A.train(config)
+    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[0]["kl"] == 0 and metrics[1]["kl"] != 0
+    assert (tmp_path / "run" / "checkpoint" / "adapter_model.safetensors").exists()
+
+    policy, plain = A.load_policy(config), copy_of(base)
+    names = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert names and all("lora" in name for name in names)
+    plain.model.load_adapter(str(tmp_path / "run" / "checkpoint"))
+    dialogues = A.rollout(base, problems[:3], config, 1)
+    batch = A.collate(dialogues, dict.fromkeys(keys(dialogues), 0.5), base.device)
+    inputs = (batch.ids, batch.mask, batch.scored)
+    with torch.no_grad():
+        untouched = A.token_logps(base, *inputs)
+        learned = A.token_logps(plain, *inputs)
+        assert torch.equal(A.token_logps(A.freeze(policy), *inputs), untouched)
+        assert not torch.allclose(learned, untouched, atol=1e-3)
+        merged = A.load_policy(A.Config(model=str(tmp_path / "run"), threads=1))
+        assert torch.allclose(A.token_logps(merged, *inputs), learned, atol=1e-4)
+
+
+def keys(dialogues: Sequence[A.Dialogue]) -> list[tuple[int, str]]:
+    return [(d.problem.index, role) for d in dialogues for role in A.ROLES]
+
+
+def gradient(policy: A.Policy, dialogues: list[A.Dialogue], config: A.Config) -> Tensor:
+    v_star = dict.fromkeys(keys(dialogues), 0.5)
+    A.accumulate(policy, A.freeze(policy), dialogues, v_star, config)
+    return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+
+
+def test_recomputed_activations_give_the_same_gradient(base, problems):
+    config = A.Config(max_new_tokens=24)
+    dialogues = A.rollout(base, problems[:4], config, 1)
+    kept = gradient(copy_of(base), dialogues, config)
+    policy = A.load_policy(A.Config(gradient_checkpointing=True, threads=1))
+    calls = []
+    policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.allclose(gradient(policy, dialogues, config), kept, atol=1e-7)
+    assert (
+        len(calls) == 3
+    )  # the policy's pass, its repetition, and the copied hook of the reference
+    assert A.rollout(policy, problems[:4], config, 1)[0].ids == dialogues[0].ids
+
+
+def test_in_float16_a_gradient_that_overflows_is_skipped_and_the_scale_halved(base, problems):
+    config = A.Config(dtype="float16", max_new_tokens=16, threads=1)
+    policy = A.load_policy(config)
+    dialogues = A.rollout(policy, problems[:2], config, 1)
+    v_star = dict.fromkeys(keys(dialogues), 0.5)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
+    before = policy.model.lm_head.weight.clone()
+    seen = A.update(policy, A.freeze(policy), optimizer, dialogues, v_star, config)
+    assert not seen["skipped"] and not torch.equal(before, policy.model.lm_head.weight)
+    assert seen["grad_norm"] < 1  # that of the loss itself, not of the scaled one
+    scale, before = policy.scaler.get_scale(), policy.model.lm_head.weight.clone()
+    policy.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+    seen = A.update(policy, A.freeze(policy), optimizer, dialogues, v_star, config)
+    assert seen["skipped"] and policy.scaler.get_scale() == scale / 2
+    assert torch.equal(before, policy.model.lm_head.weight)
+
+
+def test_out_of_memory_the_micro_batches_are_halved_and_the_step_is_repeated(
+    base, problems, capsys
+):
+    config = A.Config(max_new_tokens=16)
+    dialogues = A.rollout(base, problems[:8], config, 1)
+    expected = gradient(copy_of(base), dialogues, config)
+
+    def small_card(_: object, args: tuple, kwargs: dict) -> None:
+        if kwargs["input_ids"].numel() > 150:
+            raise torch.OutOfMemoryError("more than this card has")
+
+    policy, v_star = copy_of(base), dict.fromkeys(keys(dialogues), 0.5)
+    policy.model.model.register_forward_pre_hook(small_card, with_kwargs=True)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
+    before = torch.cat([p.detach().clone().flatten() for p in policy.model.parameters()])
+    A.update(policy, base, optimizer, dialogues, v_star, config)
+    moved = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+    assert torch.allclose(before - moved, expected, atol=1e-5)
+    assert config.update_tokens <= 150 and "out of memory" in capsys.readouterr().out
+    policy.model.model.register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no card at all"))
+    )
+    with pytest.raises(A.RunError, match="--gradient-checkpointing"):
+        A.update(policy, base, optimizer, dialogues, v_star, config)
+
+
+def two_processes(work: Callable[[], object]) -> list[int]:
+    """Run `work` in two forked processes that know of each other; their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def process(rank: str) -> None:
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        A.join_processes("cpu")
+        work()
+
+    return [*map(status_of, [forked(lambda rank=rank: process(rank)) for rank in "01"])]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path):
+    config = A.Config(parallel=parallel, max_new_tokens=24, update_tokens=200)
+    some = problems[:5]  # three for the one, two for the other
+    alone = A.rollout(base, some, config, 1)
+    v_star = dict.fromkeys(keys(alone), 0.5)
+    policy = copy_of(base)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
+    expected = A.update(policy, base, optimizer, alone, v_star, config)
+
+    def work() -> None:
+        mine, ref = copy_of(base), A.freeze(base)
+        A.spread(mine, ref, config)
+        together = A.rollout(mine, some, config, 1)
+        assert [d.ids for d in together] == [d.ids for d in alone]
+        step = torch.optim.SGD(mine.model.parameters(), lr=1.0)
+        seen = A.update(mine, ref, step, together, v_star, config)
+        assert seen == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        A.update(mine, ref, step, together[:1], v_star, config)  # nothing for the second process
+        A.update(policy, base, optimizer, alone[:1], v_star, config)
+        A.save_model(mine, tmp_path / "checkpoint")
+        if A.world()[0] == 0:
+            saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
+            for name, weight in policy.model.state_dict().items():
+                assert torch.allclose(saved[name], weight, atol=1e-5), name
+
+    assert two_processes(work) == [0, 0]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_of_two_processes_is_killed_and_resumed(parallel, tmp_path):
+    folder = tmp_path / "run"
+    config = dataclasses.replace(short_run(folder), parallel=parallel, eval_every=0, steps=3)
+
+    def die() -> None:
+        save = A.save_state
+
+        def save_and_die(*arguments: Any) -> None:
+            save(*arguments)
+            A.wait_for_all()
+            if A.world()[0] == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        A.save_state = save_and_die
+        sys.modules["matplotlib"] = None
+        assert A.main(["train", *as_arguments(config)]) == 1  # the other one says so, and ends
+
+    assert two_processes(die) == [0, -signal.SIGKILL]
+    assert two_processes(lambda: start_or_go_on(folder)) == [0, 0]
+    alone = dataclasses.replace(config, out=str(tmp_path / "alone"))
+    A.train(alone)
+    for ours, theirs in zip(left(folder)[0], left(Path(alone.out))[0], strict=True):
+        assert [*ours] == [*theirs]
+        for name in ours:
+            same = pytest.approx(theirs[name], rel=1e-3, abs=1e-4) if theirs[name] else theirs[name]
+            assert ours[name] == same, name
+    AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+
+
+def as_arguments(config: A.Config) -> list[str]:
+    """The options of a Config that are not the defaults, for the command line."""
+    changed = {k: v for k, v in vars(config).items() if v != getattr(A.Config(), k)}
+    return [text for k, v in changed.items() for text in ("--" + k.replace("_", "-"), str(v))]
+
+
+def test_torchrun_starts_us(tmp_path):
+    small = ["--steps", "1", "--train-limit", "4", "--num-samples", "1", "--eval-limit", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+    ]
+    command += [A.__file__, "train", "--batch-size", "4", *small, "--out", str(tmp_path / "run")]
+    shown = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("written to") == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["n"] == 4
 
 
 # --- How sure can we be ---------------------------------------------------------------------------
