@@ -265,7 +265,11 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 # `is_equiv` and go on to section 4: nothing else of this section is needed later.)
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^]{}]*\]\s*)*|\\.|[{}]", re.DOTALL)
-PHRASE = re.compile(r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|####", re.IGNORECASE)
+PHRASE = re.compile(
+    r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|####(?! *final answer)|^[#* ]*final answer[#* ]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+REASON = re.compile(r"[.!]\**\s+(?=[A-Z])|,? (?:since|because|as (?:required|desired))\b")
 
 
 class Unsure(Exception):
@@ -289,7 +293,7 @@ def extract_answer(text: str | None) -> str | None:
         return None
     rest = tail[ends[-1] :].lstrip("* \t\r\n")
     line = re.match(r"(?:\\\[.*?\\\]|\$\$.*?\$\$)?[^\n]*", rest, re.DOTALL)[0]
-    line = re.split(r"[.!]\**\s+(?=[A-Z])", line)[0][: MAX_ANSWER + 1]
+    line = REASON.split(line)[0][: MAX_ANSWER + 1]
     line = line.lstrip("*$` \t").rstrip("*$`.,;: \t\r\n")
     line = line.removeprefix(r"\(").removeprefix(r"\[").removesuffix(r"\)").removesuffix(r"\]")
     line = line.strip()
@@ -329,13 +333,9 @@ def normalize_answer(answer: str | None) -> str:
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     text = text.rstrip(" .,;:\\")
-    return BARE_THOUSANDS.sub(lambda m: m[0] if inside_brackets(m) else m[0].replace(",", ""), text)
-
-
-def inside_brackets(match: re.Match) -> bool:
-    """Say whether the commas separate: 31,250 is one number, (31,250) a pair."""
-    before = match.string[: match.start()]
-    return sum(map(before.count, ("(", "[", r"\{"))) > sum(map(before.count, (")", "]", r"\}")))
+    if not re.search(r"[(\[]|\\\{", text):  # 31,250 is one number, (31,250) a pair
+        text = BARE_THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    return text
 
 
 def is_equiv(predicted: str | None, gold: str | None) -> bool:
@@ -1835,24 +1835,25 @@ MAX_POINTS = 8  # both signs of three variables
 
 # Cleaning: all spellings of a sign become one character, and what is only typography a space.
 SPELLINGS = r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \mathbf \mathit
-    \boldsymbol \! \, \; \: \> \quad \qquad \( \) \[ \] \$ \% ~ $ % € £ " \boxed \fbox | · \cdot \times \ast × ⋅ *
+    \boldsymbol \! \, \; \: \> \quad \qquad \( \) \[ \] \$ \% ~ $ % ¢ € £ " \boxed \fbox | · \cdot \times \ast × ⋅ *
     | - − – — | / \div ÷ ⁄ | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | < \lt | > \gt | ≠ \ne \neq
     | ± \pm | ∓ \mp | ∪ \cup | ∈ \in | ∞ \infty | ° \circ \degree | π \pi | ( \langle ⟨ | ) \rangle ⟩
     | \{ \lbrace | \} \rbrace | \{\} \emptyset \varnothing ∅ | … \ldots \dots | \overline \bar
     | \frac \dfrac \tfrac \cfrac | \frac12 ½ | \frac13 ⅓ | \frac23 ⅔ | \frac14 ¼ | \frac34 ¾
     | ^2 ² | ^3 ³ | \text \mbox \textbf \textit \textrm \textnormal \mathrm \operatorname"""
-PLAIN = {
+PLAIN = {"\\ ": " "} | {
     old: new.replace("␣", " ")
     for new, *olds in map(str.split, SPELLINGS.split("|"))
     for old in olds
 }
-PLAIN |= {"\\ ": " "}
 SIGN = re.compile(r"\\(?:[a-zA-Z]+|.)|[^\sa-zA-Z0-9+\-(){},.=^_]", re.DOTALL)
 BARE_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
 REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in (
         (r"\b([0-9]{4})-([01][0-9])-([0-3][0-9])\b", r"\1?\2?\3"),  # a date is no difference
+        (r"\\frac\{d[^{}]*\}\{d ?[a-z]", "?"),  # a derivative, which we do not take
+        (r"\\mathbb ?\{?R\b\}?|ℝ", "(-∞;∞)"),  # all real numbers
         (r"\b([apAP])\.([mM])\b\.?", r"\1\2"),
         (r"(:[0-9]{2})\s*([aApP][mM])\b", r'\1"\2"'),
         (r"\\text\s*\{([^{}]*)\}", r'"\1"'),
@@ -1903,12 +1904,14 @@ FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "ln", "log"}
 BARE = {name: "\\" + name for name in FUNCTIONS | {"sqrt"}}
 BARE |= {"pi": "π", "infinity": "∞", "and": ",", "or": "or"}
 UNIT = re.compile(  # anything in the plural is one, too, but for the words of NO_UNIT
-    "[cmk]?m|ft|in|inch|foot|feet|yd|mile|mi|mph|k?g|lb|oz|s|sec|second|min|minute|hr?|hour|day|week"
-    "|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|rad|celsius|fahrenheit|people|men|women|[a-z]{2,}[a-rt-z]s"
+    "[cmk]?m|ft|in|inch|foot|feet|yd|mile|mi|mph|k?g|lbs?|oz|m?l|s|secs?|second|min|minute|h|hrs?"
+    "|hour|day|week|month|year|unit|usd|euro|dollar|cent|square|cubic|percent|rad|celsius|fahrenheit"
+    "|people|(wo)?men|children|[a-z]{2,}[a-rt-z]s"
 )
+WORD = re.compile(UNIT.pattern + "|no|pm|(?=.*[eiou]).{3,}")
 NO_UNIT = re.compile(  # 5 million dollars is not 5
     "or|and|not?|more|less|fewer|than|least|most|times|plus|minus|perhaps|maybes?|is|was|as|if|to|vs"
-    "|from|over|under|above|below|points?|ten(s|ths)?|(hal[fv]|quarter|zero|one|two|thir|four|fort|fi[fv]"
+    "|from|over|under|above|below|point|ten(s|ths)?|(hal[fv]|quarter|zero|one|two|thir|four|fort|fi[fv]"
     "|six|seven|eigh|nin|elev|twel|twen|score|dozen|hundred|thousand|[a-z]+illion|negative)[a-z]*"
 )
 
@@ -1924,12 +1927,10 @@ def tokenize(text: str) -> list[str]:
         low = token.lower()
         if low.strip('", ') in BARE:
             tokens.append(BARE[low.strip('", ')])
-        elif len(token) == 1 or not token.isalpha():
-            tokens.append(token)
-        elif UNIT.fullmatch(low) or re.fullmatch("no|pm|(?=.*[eiou]).{3,}", low):
+        elif len(token) > 1 and token.isalpha() and WORD.fullmatch(low):
             tokens.append(f'"{token}"')
         else:  # AB is one name, xy is a product
-            tokens.extend([token] if token.isupper() else token)
+            tokens.extend(token if token.isalpha() and not token.isupper() else [token])
     return tokens
 
 
@@ -1961,13 +1962,15 @@ def read_answer(text: str) -> Node:
 def read_items(tokens: list[str]) -> tuple[tuple[Node, ...], str]:
     """Read a list; plus-minus makes two items of one."""
     pieces, marks = split(tokens, {",", ";", "or"})
-    if marks and not pieces[0]:
-        raise Unsure(",5 has two readings")
+    if marks and not (pieces[0] and pieces[-1]):
+        raise Unsure(",5 has two readings, and '5 or' is no answer")
     items = []
     for piece in filter(None, pieces):
         both = {"±", "∓"} & set(piece) and r"\{" not in piece and piece.count("±") < 2
         for signs in ({"±": "+", "∓": "-"}, {"±": "-", "∓": "+"}) if both else ({},):
             items.append(read_item(without_unit([signs.get(token, token) for token in piece])))
+    if "or" in marks and any(i.kind == "value" and re.match('"|[A-Z]', i.tag) for i in items):
+        raise Unsure("A or B, Alice or Bob: a choice not made")
     return tuple(items), marks
 
 
@@ -1990,17 +1993,21 @@ def read_item(tokens: list[str]) -> Node:
     if set(signs) <= set(">≥"):  # b > x > a is a < x < b
         pieces, signs = pieces[::-1], signs[::-1].translate(str.maketrans(">≥", "<≤"))
     sides = [read_union(piece) for piece in pieces]
-    if signs in ("=", "∈"):
+    if signs in ("=", "∈", "≠"):
         for n in (0, 1):
-            if is_symbol(sides[n]) and is_fixed(sides[1 - n]):
-                return Node("label", " ".join(pieces[n]), (sides[1 - n],))
+            name, value = sides[n], sides[1 - n]
+            if is_symbol(name) and (is_fixed(value) or " ( " in name.tag):
+                if signs == "≠":
+                    rows = (Node("row", "()", ends) for ends in ((LOW, value), (value, HIGH)))
+                    value = Node("union", "", tuple(rows))
+                return Node("label", " ".join(pieces[n]), (value,))
     if signs in ("=", "≠"):  # (left - right)^2 is the same on whatever side the terms stand
         tokens = ["(", *pieces[0], "-", "(", *pieces[1], ")", ")", "^", "2"]
         return Node("relation", signs, (), tuple(tokens))
     ends = sides
     if signs in ("<", "≤"):  # the other end is infinitely far away
         first = is_symbol(sides[0])
-        ends = [read_union(["-", "∞"]), *sides] if first else [*sides, read_union(["∞"])]
+        ends = [LOW, *sides] if first else [*sides, HIGH]
         signs = "<" + signs if first else signs + "<"
     if re.fullmatch("[<≤]{2}", signs) and is_symbol(ends[1]) and is_fixed(ends[0], ends[2]):
         brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
@@ -2008,12 +2015,17 @@ def read_item(tokens: list[str]) -> Node:
     return Node("chain", signs, tuple(sides))
 
 
+LOW, HIGH = Node("value", "- ∞", (), ("-", "∞")), Node("value", "∞", (), ("∞",))
+
+
 def is_symbol(node: Node) -> bool:
-    """Say whether the node is one variable, or a tuple of them in the usual order: (x, y)."""
+    r"""Say whether the node is x, x_1, f(x), \angle A, or variables in the usual order: (x, y)."""
     names = [part.tag.strip("\\") for part in node.parts]
     if node.kind == "row":
         return all(map(is_symbol, node.parts)) and names == sorted(names)
-    return re.fullmatch(SYMBOL.pattern + r"(?: _ (?:\w+|\{ \w+ \}))?", node.tag) is not None
+    name = SYMBOL.pattern + r"(?: _ (?:\w+|\{ \w+ \}))?|\{ [a-zA-Z] \}"
+    name += r"|[fghpqFGHPQ] \( [a-zA-Z] \)|(?:m )?\\angle [A-Z]+"
+    return re.fullmatch(name, node.tag) is not None
 
 
 def is_fixed(*nodes: Node) -> bool:
@@ -2334,7 +2346,8 @@ def prose(text: str) -> str:
     """Fold the case and the spacing of words and times, but of nothing that may be algebra."""
     if not re.fullmatch(r"(?=.*\")[\w\s.:'\"-]+", text):
         return text
-    return re.sub(r"(?<![0-9])[\s\".]|[\s\".](?![0-9])", "", text.lower())
+    words = text.lower() if re.search("[a-zA-Z]{2}", text) else text  # \text{m} is not M
+    return re.sub(r"(?<![0-9])[\s\".]|[\s\".](?![0-9])", "", words)
 
 
 def agree(a: Node, b: Node, work: Work) -> bool:

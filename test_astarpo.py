@@ -460,6 +460,19 @@ def test_batches_hold_everything_once_within_the_budget(lengths, budget):
 
 # Each line holds answers that all mean the same; every pair of a line is tested, both ways.
 SAME = r"""
+(-\infty,\infty) | \mathbb{R} | x \in \mathbb R | (-\infty,+\infty)
+(-\infty,-8) \cup (-8,\infty) | x \neq -8 | -8 \ne x
+x^3+6x | p(x) = x^3+6x | p(x) = x(x^2+6)
+[-80,82] | -80 \le g(x) \le 82 | g(x) \in [-80,82]
+P(A) = \frac12 | 0.5 | P(A) = 1/2
+45^\circ | \angle ABC = 45^\circ
+m\angle A = 45^\circ | 45
+\begin{pmatrix}1\\2\end{pmatrix} | \mathbf{v} = \begin{pmatrix}1\\2\end{pmatrix}
+36 | 36\text{ points} | 36 \text{ hrs} | 36 \text{ mL} | 36 \text{ children} | 36 ¢
+x^{10} | x^10
+\frac{d}{2} | d/2
+\text{A, C} | A and C
+31,250 | 31{,}250 | 31250
 42 | 42\\ | \ 42\
 (-1)^{n+1} | -(-1)^n | (-1)^{n+3}
 60 | 60\text{ rad}
@@ -577,6 +590,25 @@ s^2 \le 8r^2 | 8r^2 \ge s^2
 """
 
 DIFFERENT = r"""
+\text{A, C} | A or C
+\text{Alice and Bob} | \text{Alice or Bob}
+yes | yes or no
+42 | 42 or | or 42 | 42 and
+\text{A} | a
+\text{m} | M
+\frac{y}{x} | \frac{dy}{dx}
+x | \frac{d}{dx}(x^2)
+x \ne 5 | x \ne 6 | y \ne 5 | (-\infty,5]\cup(5,\infty) | \mathbb{R}
+\mathbb{R} | \mathbb{R}^2 | \mathbb{R}^+ | \mathbb{Q} | \infty
+f(x) = 2x | g(x) = 2x | y = 2x | 2t | f(x)+1 = 2x
+\angle A = 45 | \angle B = 45
+(x,y) = (1,2) | (a,b) = (1,2)
+3 | 3 point 5 | 3\text{ point }5
+1,250(x+1) | 1(x+1)
+5 | 5\text{ out of }6 | 5\text{ of }6 | 5R2 | 5+ | 5- | 3 \times 5 | 5:6 | 5 \& 6
+5\text{ January} | 5
+\overline{AB} | AB
+\sqrt{10}+\sqrt{11} | \sqrt{5}+\sqrt{18}
 (-1)^{n} | -1 | 1
 2020-01-02 | 2017 | 2020-02-01
 \text{2020-01-02} | 2017
@@ -916,6 +948,13 @@ EXTRACTIONS = [
     ("The answer is not 42", "not 42"),
     ("I don't know what the answer is.", None),
     ("the answer isn't 42", None),
+    ("The answer is 42, since 6 times 7 is 42.", "42"),
+    ("The answer is 42 because 6 times 7 is.", "42"),
+    ("The answer is $x = 5$, as required.", "x = 5"),
+    ("### Final Answer\n42", "42"),
+    ("**Final Answer**\n\n$$42$$", "42"),
+    ("#### Final Answer ####\n\n**42**", "42"),
+    ("What is the final answer\n42", None),
     ("42", None),
     ("so it is 42.", None),
     ("", None),
@@ -945,6 +984,8 @@ WRONG_TEXTS = [
     "42",
     "####",
     "The answer is unclear: 42",
+    "The answer is 42 as long as x > 1.",
+    "The answer is 42, which is wrong.",
     "\\boxed{42",
     "",
     None,
@@ -972,6 +1013,9 @@ FLOODS += [
     "\\boxed{" + "9" * MILLION + "}",
     "\\boxed " + "[" * MILLION,
     "answer is " + "$" * MILLION,
+    "#### " + " " * MILLION,
+    "\n# * " * (MILLION // 5) + "final answer",
+    "answer is 1" + ", since" * (MILLION // 7),
 ]
 FLOODS += ["answer is" + " " * MILLION, "the answer is \\[" + "a" * MILLION]
 TRAPS = [
