@@ -65,7 +65,8 @@ appendix: what the lesson needs around it.
   Part II   A errors and progress   B loading and saving   C the algebra of answers
             D the report            E the numbers          F watching a run
             G our own problems      H the base model       I runs that survive
-            J large models, several devices                K the command line
+            J large models, several devices                K speed
+            L the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
             python astarpo.py eval
@@ -96,7 +97,7 @@ import time
 import types
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -134,6 +135,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -197,7 +199,7 @@ class Config:
     )
     compare: str = option("", "eval: a second model, or run, on the same problems")
     rollout_tokens: int = option(32768, "sampling: cells of key/value cache at a time", low=1)
-    update_tokens: int = option(8192, "update: tokens of one pass, with padding", low=1)
+    update_tokens: int = option(1024, "update: tokens of one pass, with padding", low=1)
     gradient_checkpointing: bool = option(False, "compute activations twice, to save memory")
     lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", high=4096)
     parallel: str = option("ddp", "how torchrun's processes share", choices=("ddp", "fsdp"))
@@ -410,6 +412,7 @@ class Policy:
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler(enabled=False)
     )
+    step: Any = field(default=None, init=False)  # reads one token a row; made when first needed
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -500,11 +503,13 @@ def freeze(policy: Policy) -> Policy:
 #
 # * a *cache* of keys and values, so that each new token costs one token's work. A dialogue of
 #   several turns (section 9) keeps its cache: a turn reads the bridge, not everything again;
-# * many rows at once. Rows differ in length, so the cache has holes; a mask says which cells are
-#   real, and the position of a token counts only the real ones before it;
-# * a row that has ended is taken out (*parked*) and put back for the next turn. Responses differ
-#   a lot in length, so most rows would otherwise wait for the longest;
-# * batches of similar length, within a budget of cache cells.
+# * many rows at once, and all of them busy. Responses differ a lot in length, and a batch that
+#   waits for its longest one is nearly empty for most of the time. Here a dialogue whose turn has
+#   ended goes on with its next one, or makes room for another dialogue (`play` in section 9). So
+#   the rows differ in length and in turn. The cache has holes, a mask says which cells are real,
+#   and the position of a token counts only the real ones before it;
+# * what several rows have in common is read once: stage 1 asks each problem N times;
+# * the step from token to token is recorded, and repeated without Python (Part II, K).
 #
 # Randomness is a pure function. The token at one place of one turn of one sample of one problem is
 # chosen by a number u in [0, 1) hashed from exactly those counters. So the order of batches does
@@ -551,53 +556,71 @@ class Memory:
     """What the model has read of B dialogues: its key/value cache, and which cells are real."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self.cache = DynamicCache()  # a layer: keys and values (B, heads, T, head width)
+        self.cells: list[Tensor] = []  # each layer's keys and values (B, heads, T, head width)
         self.mask = torch.zeros(rows, 0, dtype=torch.bool, device=device)  # (B, T)
+        self.used = 0  # of the T columns; those after them are free
 
     def read(self, policy: Policy, ids: Tensor, real: Tensor) -> Tensor:
         """Let the model read ids (B, P), of which those not `real` are padding: logits (B, V) for
-        the token after the last column, in float32."""
+        the token after the last column, in float32. (There must be no free columns.)"""
         before = self.mask.sum(1, keepdim=True)  # (B, 1) tokens read so far
         positions = (before + real.cumsum(1) - 1).clamp(min=0)  # (B, P)
         self.mask = torch.cat([self.mask, real], dim=1)  # (B, T + P)
+        cache = DynamicCache(zip(self.cells[::2], self.cells[1::2]))
         with policy.active():
             logits = policy.model(
                 input_ids=ids,
                 attention_mask=self.mask,
                 position_ids=positions,
-                past_key_values=self.cache,
+                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,  # (B, 1, V): while reading only the last place matters
             ).logits
+        self.cells = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        self.used = self.mask.shape[1]
         return logits[:, -1].float()
 
-    def select(self, rows: Tensor) -> Memory:
-        """A memory of some rows alone."""
-        part = Memory(0, self.mask.device)
-        part.mask = self.mask[rows]
-        part.cache = DynamicCache((la.keys[rows], la.values[rows]) for la in self.cache.layers)
-        return part
+    def read_one(self, policy: Policy, token: Tensor, real: Tensor) -> Tensor:
+        """Let the model read token (B,) in the next free column: logits (B, V), in float32."""
+        if self.used == self.mask.shape[1]:
+            everyone = torch.arange(len(token), device=token.device)
+            vars(self).update(vars(Memory.join([(self, everyone)], roomy=True)))
+        positions = self.mask.sum(1, keepdim=True)  # (B, 1)
+        self.mask[:, self.used] = real
+        column = torch.tensor(self.used, device=token.device)
+        inputs = (token[:, None], positions, self.mask, column, *self.cells)
+        with policy.active(), torch.jit.optimized_execution(False):  # repeated as it is, unfused
+            policy.step = policy.step or record(policy, inputs)
+            logits = policy.step(*inputs)
+        self.used += 1
+        return logits.float()
 
     @staticmethod
-    def join(parts: Sequence[Memory], rows: Sequence[Tensor]) -> Memory:
-        """Put memories back together: row i of part p becomes row rows[p][i]. Shorter ones get
-        empty cells at their end, which the mask keeps unseen."""
-        order = torch.cat(list(rows)).argsort()
-        width = max(part.mask.shape[1] for part in parts)
-
-        def together(tensors: Iterable[Tensor], dim: int) -> Tensor:
-            tail = [0, 0] * (-1 - dim)  # F.pad counts dimensions from the last one
-            padded = [F.pad(t, (*tail, 0, width - t.shape[dim])) for t in tensors]
-            return torch.cat(padded)[order]
-
-        whole = Memory(0, order.device)
-        whole.mask = together((part.mask for part in parts), dim=-1)
-        whole.cache = DynamicCache(
-            tuple(
-                together((getattr(la, name) for la in same), dim=-2) for name in ("keys", "values")
-            )
-            for same in zip(*(part.cache.layers for part in parts))
-        )
+    def join(parts: Sequence[tuple[Memory, Tensor]], roomy: bool) -> Memory:
+        """Some rows of some memories, one below the other. In each row the real cells come last
+        and are followed, if `roomy`, by free ones; holes only fill up the shorter rows."""
+        masks = [memory.mask[rows] for memory, rows in parts]
+        width = max(int(mask.sum(1).max()) for mask in masks)
+        free = (16 + width // 4) * roomy
+        order = [
+            mask.byte().argsort(dim=1, stable=True)[:, -width:] for mask in masks
+        ]  # holes first
+        short = [width - cells.shape[1] for cells in order]
+        real = [F.pad(m.gather(1, o), (n, free)) for m, o, n in zip(masks, order, short)]
+        # Which cell goes where; a memory that is too short lends its first one to fill the holes.
+        order = [F.pad(cells, (n, 0)) for cells, n in zip(order, short)]
+        whole = Memory(0, masks[0].device)
+        whole.mask, whole.used = torch.cat(real), width
+        for same in zip(*(memory.cells for memory, _ in parts)):
+            shape = (len(whole.mask), same[0].shape[1], width + free, same[0].shape[3])
+            together, start = same[0].new_empty(shape), 0
+            together[:, :, width:] = 0  # hidden, but 0 * nan would be nan
+            heads = torch.arange(shape[1], device=together.device)[:, None]
+            for tensor, (_, rows), cells in zip(same, parts, order):
+                place = together[start : start + len(rows), :, :width]
+                place.copy_(tensor[rows[:, None, None], heads, cells[:, None]])
+                start += len(rows)
+            whole.cells.append(together)
         return whole
 
 
@@ -613,47 +636,67 @@ def left_pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return ids, torch.arange(width, device=device) >= width - lengths
 
 
-@torch.inference_mode()
-def respond(
-    policy: Policy,
-    memory: Memory,
-    requests: Sequence[Sequence[int]],
-    u: np.ndarray,
-    temperature: float,
-) -> tuple[list[list[int]], Memory]:
-    """Let every row read its request and write its response.
+@dataclass
+class Rows:
+    """Responses under way, one a row, and all that is needed to go on with them."""
 
-    u (B, max_new): the uniform number for each place. Returns the responses, each up to and
-    including its end token (or cut off at max_new), and the memory, which has read everything but
-    each response's last token: that one goes in front of the next request.
-    """
-    batch, max_new = u.shape
-    numbers = torch.from_numpy(u).to(policy.device)  # (B, max_new), float64
-    ends = torch.tensor(policy.end_ids, device=policy.device)
-    tokens = torch.zeros(batch, max_new, dtype=torch.long, device=policy.device)
-    lengths = torch.full((batch,), max_new, device=policy.device)
-    rows = torch.arange(batch, device=policy.device)  # the rows of `memory`, as rows of the batch
-    running = torch.ones_like(rows, dtype=torch.bool)  # ... and which of them have not ended
-    parked: list[tuple[Memory, Tensor]] = []
+    memory: Memory
+    logits: Tensor  # (B, V) for the next token
+    numbers: Tensor  # (B, L + 1) the uniform number for each place of the response, float64
+    tokens: Tensor  # (B, L + 1) the response so far; L is the most that it may have
+    length: Tensor  # (B,) how long it is
+    ended: Tensor  # (B,) by its end token or at L
 
-    logits = memory.read(policy, *left_pad(requests, policy.device))
-    for place in range(max_new):
-        token = pick(logits, numbers[rows, place], temperature, policy.top_p)  # (rows,)
-        tokens[rows, place] = token
-        ended = running & torch.isin(token, ends)
-        lengths[rows[ended]] = place + 1
-        running &= ~ended
-        left = int(running.sum())
-        if left == 0 or place == max_new - 1:
-            break
-        if left <= 0.8 * len(rows):  # copying the cache costs something, so not for every row
-            parked.append((memory.select(~running), rows[~running]))
-            memory, rows, token = memory.select(running), rows[running], token[running]
-            running = running[running]
-        logits = memory.read(policy, token[:, None], running[:, None])
-    parked.append((memory, rows))
-    responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
-    return responses, Memory.join(*zip(*parked)) if len(parked) > 1 else memory
+    @staticmethod
+    def begin(
+        policy: Policy, memory: Memory | None, unread: Sequence[tuple[int, ...]], u: np.ndarray
+    ) -> Rows:
+        """Let the model read what comes before the responses.
+
+        memory: what it has read so far. If that is nothing (None), equal texts are read only once:
+        stage 1 asks for N responses to the same problem.
+        """
+        if memory is None:
+            row_of = {text: row for row, text in enumerate(dict.fromkeys(unread))}
+            memory = Memory(len(row_of), policy.device)
+            logits = memory.read(policy, *left_pad([*row_of], policy.device))
+            rows = torch.tensor([row_of[text] for text in unread], device=policy.device)
+            if len(row_of) < len(rows):
+                memory, logits = Memory.join([(memory, rows)], roomy=False), logits[rows]
+        else:
+            logits = memory.read(policy, *left_pad(unread, policy.device))
+        numbers = torch.from_numpy(u).to(policy.device)
+        length = torch.zeros(len(u), dtype=torch.long, device=policy.device)
+        return Rows(memory, logits, numbers, torch.zeros_like(numbers).long(), length, length > 0)
+
+    @staticmethod
+    def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
+        """Some rows of each part, one below the other."""
+        parts = [(part, torch.tensor(rows, device=part.ended.device)) for part, rows in parts]
+        memory = Memory.join([(part.memory, rows) for part, rows in parts], roomy=True)
+        names = [item.name for item in dataclasses.fields(Rows)][1:]
+        return Rows(memory, *(torch.cat([getattr(p, n)[rows] for p, rows in parts]) for n in names))
+
+    def write(self, policy: Policy, temperature: float) -> None:
+        """Write all responses on, token by token, until a third of the rows have ended."""
+        ends = torch.tensor(policy.end_ids, device=policy.device)
+        longest = self.tokens.shape[1] - 1  # the last column is for what ended rows babble
+        running = len(self.ended)
+        while running > 2 / 3 * len(self.ended):
+            place = self.length[:, None]  # (B, 1)
+            u = self.numbers.gather(1, place)[:, 0]  # (B,)
+            token = pick(self.logits, u, temperature, policy.top_p)  # (B,)
+            self.tokens.scatter_(1, place, token[:, None])
+            self.length += ~self.ended
+            self.ended |= torch.isin(token, ends) | (self.length == longest)
+            running = int((~self.ended).sum())
+            if running:
+                self.logits = self.memory.read_one(policy, token, ~self.ended)
+
+    def responses(self) -> list[list[int]]:
+        """The tokens of the responses that have ended."""
+        tokens, lengths = self.tokens[self.ended].tolist(), self.length[self.ended].tolist()
+        return [row[:length] for row, length in zip(tokens, lengths)]
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -865,24 +908,48 @@ class Dialogue:
             turn.reward = reward
 
 
-def take_turn(
+def next_role(dialogue: Dialogue, turns: int) -> str | None:
+    """What comes next in a dialogue of at most so many turns; None if it is over.
+
+    Without a verdict a dialogue goes on to a revision, as if the verdict were "wrong", here and in
+    evaluation alike.
+    """
+    done = len(dialogue.turns)
+    if done >= turns or (done > 0 and dialogue.turns[-1].verdict is True):
+        return None
+    return "solve" if done == 0 else ("revise", "verify")[done % 2]
+
+
+def begin_turns(
     policy: Policy,
     dialogues: Sequence[Dialogue],
-    memory: Memory,
-    role: str,
-    u: np.ndarray,
-    temperature: float,
-) -> Memory:
-    """Let the policy write one turn of every dialogue. Returns the memory, which has read it."""
-    requests = [next_request(policy, dialogue, role) for dialogue in dialogues]
+    memory: Memory | None,
+    config: Config,
+    step: int,
+) -> Rows:
+    """Say what comes before each dialogue's next response, and let the model read it."""
+    for dialogue in dialogues:
+        role = next_role(dialogue, sys.maxsize)
+        if role != "solve":
+            request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
+            dialogue.ids += policy.bridge_ids(request, ended=dialogue.turns[-1].ended)
+    counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
+    index, sample, turn = np.array(counters).T[:, :, None]
+    places = np.arange(config.max_new_tokens + 1)
+    u = uniform(config.seed, step, index, sample, turn, places).reshape(len(dialogues), -1)
     # The last token of the turn before has been written but not read yet: it goes first.
-    unread = [d.ids[d.read :] + request for d, request in zip(dialogues, requests)]
-    responses, memory = respond(policy, memory, unread, u, temperature)
+    unread = [tuple(dialogue.ids[dialogue.read :]) for dialogue in dialogues]
+    return Rows.begin(policy, memory, unread, u)
+
+
+def end_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[list[int]]) -> None:
+    """Add the responses to their dialogues, and read off their texts what they say."""
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    for dialogue, request, response, text in zip(dialogues, requests, responses, texts):
-        start = len(dialogue.ids) + len(request)
-        dialogue.ids += request + response
+    for dialogue, response, text in zip(dialogues, responses, texts):
+        start = len(dialogue.ids)
+        dialogue.ids += response
         dialogue.read = len(dialogue.ids) - 1
+        role = next_role(dialogue, sys.maxsize)
         turn = Turn(role, start, len(dialogue.ids), text, response[-1] in policy.end_ids)
         if role == "verify":
             turn.verdict = parse_judgment(text)
@@ -890,40 +957,59 @@ def take_turn(
             turn.answer = extract_answer(text)
             turn.correct = is_equiv(turn.answer, dialogue.problem.answer)
         dialogue.turns.append(turn)
-    return memory
 
 
+@torch.inference_mode()
 def play(
-    policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int, temperature: float
+    policy: Policy,
+    dialogues: Sequence[Dialogue],
+    turns: int,
+    config: Config,
+    step: int,
+    temperature: float,
+    progress: Progress | None = None,
 ) -> None:
-    """Play new dialogues to their end, all at once, and pay them.
+    """Play dialogues to their end, as many at a time as the cells allow, and pay them.
 
-    Without a verdict a dialogue goes on to a revision, as if the verdict were "wrong", here and in
-    evaluation alike.
+    When some rows have ended, their dialogues go on with their next turn, or are over and leave
+    their places to new ones. So the rows are in different turns, and all of them are busy.
     """
-    active = list(dialogues)
-    memory = Memory(len(active), policy.device)
-    for number, role in enumerate(["solve"] + ["verify", "revise"] * config.revisions):
-        if role == "revise":
-            goes_on = [dialogue.turns[-1].verdict is not True for dialogue in active]
-            memory = memory.select(torch.tensor(goes_on, device=policy.device))
-            active = [*itertools.compress(active, goes_on)]
-        if not active:
-            break
-        index, sample = np.array([(d.problem.index, d.sample) for d in active]).T[:, :, None]
-        places = np.arange(config.max_new_tokens)
-        u = uniform(config.seed, step, index, sample, number, places).reshape(len(active), -1)
-        memory = take_turn(policy, active, memory, role, u, temperature)
+
+    def limit(dialogue: Dialogue) -> int:
+        return len(dialogue.ids) + (turns - len(dialogue.turns)) * config.max_new_tokens
+
+    waiting = deque(sorted(dialogues, key=limit, reverse=True))
+    playing: list[Dialogue] = []
+    rows: Any = None  # their rows, in their order
+    while waiting or playing:
+        parts: list[tuple[Rows, list[int]]] = []
+        if playing:
+            ended = rows.ended.tolist()
+            end_turns(policy, [*itertools.compress(playing, ended)], rows.responses())
+            busy = [i for i, end in enumerate(ended) if not end]
+            again = [i for i, end in enumerate(ended) if end and next_role(playing[i], turns)]
+            over = len(playing) - len(busy) - len(again)
+            if progress and over:
+                progress.advance(over * world()[1])
+            playing = [playing[i] for i in busy + again]
+            if busy:
+                parts.append((rows, busy))
+            if again:
+                chosen = torch.tensor(again, device=policy.device)
+                memory = Memory.join([(rows.memory, chosen)], roomy=False)
+                begun = begin_turns(policy, playing[len(busy) :], memory, config, step)
+                parts.append((begun, [*range(len(again))]))
+        widest = max(map(limit, [*playing, *itertools.islice(waiting, 1)]), default=1)
+        room = max(config.rollout_tokens // widest - len(playing), not playing)
+        fresh = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+        if fresh:
+            parts.append((begin_turns(policy, fresh, None, config, step), [*range(len(fresh))]))
+            playing += fresh
+        if playing:
+            rows = Rows.join(parts)
+            rows.write(policy, temperature)
     for dialogue in dialogues:
         dialogue.pay(config.alpha)
-
-
-def next_request(policy: Policy, dialogue: Dialogue, role: str) -> list[int]:
-    """The ids that come before the next response: the first prompt, or the bridge to a turn."""
-    if role == "solve":
-        return policy.prompt_ids(dialogue.problem)
-    request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
-    return policy.bridge_ids(request, ended=dialogue.turns[-1].ended)
 
 
 def rollout(
@@ -935,7 +1021,7 @@ def rollout(
     temperature: float | None = None,
     progress: Progress | None = None,
 ) -> list[Dialogue]:
-    """Dialogues about all problems, in their order, played in batches within the token budget.
+    """Dialogues about all problems, in their order.
 
     step: which rollout this is, for the random numbers (0: stage 1; k: update k; -1: evaluation);
     samples[i] numbers repeated dialogues about one problem. With several processes each plays its
@@ -943,15 +1029,11 @@ def rollout(
     """
     temperature = config.temperature if temperature is None else temperature
     samples = itertools.repeat(0) if samples is None else samples
-    dialogues = [Dialogue(problem, sample=sample) for problem, sample in zip(problems, samples)]
+    prompts = {problem: policy.prompt_ids(problem) for problem in set(problems)}
+    dialogues = [Dialogue(p, [*prompts[p]], sample=sample) for p, sample in zip(problems, samples)]
     mine = deal(dialogues)
-    longest = (1 + 2 * config.revisions) * config.max_new_tokens
-    lengths = [len(policy.prompt_ids(dialogue.problem)) + longest for dialogue in mine]
     with gathered(policy.model):
-        for batch in token_batches(lengths, config.rollout_tokens):
-            play(policy, [mine[i] for i in batch], config, step, temperature)
-            if progress:
-                progress.advance(len(batch) * world()[1])
+        play(policy, mine, 1 + 2 * config.revisions, config, step, temperature, progress)
     return collect(mine, len(dialogues))
 
 
@@ -2557,15 +2639,9 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         ids = prompt + encode(policy.tokenizer, text)
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
         told.append(Dialogue(problem, ids, [turn]))
-    lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in told]
     progress = Progress("verifier pool", len(told))
     with gathered(policy.model):
-        for batch in token_batches(lengths, config.rollout_tokens):
-            chosen = [told[i] for i in batch]
-            unused = np.zeros((len(chosen), config.max_new_tokens))  # greedy: no random numbers
-            memory = Memory(len(chosen), policy.device)
-            take_turn(policy, chosen, memory, "verify", unused, temperature=0.0)
-            progress.advance(len(batch))
+        play(policy, told, 2, config, -1, 0.0, progress)
     judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
     return confusion(judged, "verifier_pool")
 
@@ -3629,7 +3705,270 @@ def sum_over_processes(model: Any, seen: dict[str, float]) -> dict[str, float]:
     return dict(zip(seen, numbers.tolist()))
 
 
-# --- K. The command line --------------------------------------------------------------------------
+# --- K. Speed: a token without Python, and how fast is it? ----------------------------------------
+# A small model's step from token to token is a few hundred operations on small tensors, and between
+# two of them Python takes longer than they do. So the step is recorded once and then repeated.
+
+
+class Cells(DynamicLayer):
+    """One layer's cache as transformers wants it, with free cells. The next token's keys and values
+    are written into the cell `column`; the usual cache copies itself for every token."""
+
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.column = keys, values, column  # (B, heads, T, width), ()
+        self.is_initialized = True
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write one token a row; returns all cells, free ones too (the mask hides them)."""
+        self.keys.index_copy_(2, self.column, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.column, values.to(self.values.dtype))
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many cells a mask must cover, and the first of them."""
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> Any:
+        """The next token's place among the cells (for models that look back only so far)."""
+        return self.column
+
+
+class NextToken(torch.nn.Module):
+    """Reading one token a row, as a function of tensors alone: that is what can be recorded."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, column: Tensor, *cells: Tensor
+    ) -> Tensor:
+        """ids, positions (B, 1), mask (B, T), each layer's keys and values -> logits (B, V)."""
+        cache = DynamicCache()
+        cache.layers = [Cells(k, v, column) for k, v in zip(cells[::2], cells[1::2])]
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+
+def record(policy: Policy, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """NextToken without its Python: the operations of one call on such inputs, to be repeated.
+
+    A recording is blind: it takes every `if` the way it once went. So it is tried on other rows,
+    more cells and the furthest position that the model knows; if its logits are not the model's to
+    the last bit, or if nothing can be recorded, the model itself takes the step.
+    """
+    ids, positions, mask, column, *cells = inputs
+    furthest = getattr(getattr(policy.model, "config", None), "max_position_embeddings", 2) - 1
+
+    def example(rows: list[int], positions: Tensor, extra: int) -> list[Tensor]:
+        chosen = torch.tensor(rows, device=ids.device) % len(ids)
+        longer = [F.pad(tensor[chosen], (0, 0, 0, extra)) for tensor in cells]
+        return [ids[chosen], positions[chosen], F.pad(mask[chosen], (0, extra)), column, *longer]
+
+    step = NextToken(policy.model)
+    other = ([0, 1, -1], torch.full_like(positions, furthest), 3)
+    same = False
+    if isinstance(policy.model, FSDPModule):  # its weights come and go
+        return step
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        recorded = torch.jit.trace(step, example([0, 1], positions, 0), check_trace=False)
+        same = torch.equal(recorded(*example(*other)), step(*example(*other)))
+    return recorded if same else step
+
+
+# `bench` measures on the machine, the model and the sizes at hand. Whatever is compared takes turns
+# within one run, so that a busy moment of the machine meets all of it alike, and of the repeats the
+# median counts. Compare the ratios; the times themselves are this machine's.
+
+
+def clock(repeats: int, work: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median seconds of each call. One round before the first warms up and does not count."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for repeat in range(repeats + 1):
+        for name, call in work.items():
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # a call returns before the GPU has done its work
+            seconds[name] += [time.perf_counter() - started] * (repeat > 0)
+    return {name: float(np.median(times)) for name, times in seconds.items()}
+
+
+@torch.inference_mode()
+def generated(policy: Policy, problems: Sequence[Problem], config: Config) -> int:
+    """What `rollout` does for a single turn, by transformers' `generate`. Returns its tokens."""
+    ends = torch.tensor(policy.end_ids, dtype=torch.long, device=policy.device)
+    plain = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=True,
+        top_k=0,
+        eos_token_id=[*policy.end_ids] or None,
+        pad_token_id=0,
+    )
+    tokens = 0
+    for i in range(0, len(problems), config.batch_size):
+        prompts = [policy.prompt_ids(problem) for problem in problems[i : i + config.batch_size]]
+        ids, real = left_pad(prompts, policy.device)
+        with policy.active():
+            out = policy.model.generate(ids, attention_mask=real.long(), generation_config=plain)
+        ended = torch.isin(out[:, ids.shape[1] :], ends).long()
+        tokens += int((ended.cumsum(1) - ended == 0).sum())  # up to the first end token
+    return tokens
+
+
+def bench_sampling(
+    policy: Policy, problems: Sequence[Problem], config: Config, repeats: int
+) -> dict[str, float]:
+    """Solve turns only: `batch_size` rows at a time against `generate`, then stage 1."""
+    longest = max(len(policy.prompt_ids(problem)) for problem in problems) + config.max_new_tokens
+    config = dataclasses.replace(config, revisions=0)
+    rows = dataclasses.replace(config, rollout_tokens=config.batch_size * longest)
+    half = dataclasses.replace(rows, max_new_tokens=max(1, config.max_new_tokens // 2))
+    found: dict[str, float] = {}
+    for kind, ends in (("", policy.end_ids), ("_full_length", ())):
+        player = dataclasses.replace(policy, end_ids=ends)  # without end tokens nothing ends early
+        dialogues = rollout(player, problems, rows, 0)
+        ours = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
+        theirs = generated(player, problems, rows)
+        work = {
+            "ours": lambda p=player: rollout(p, problems, rows, 0),
+            "theirs": lambda p=player: generated(p, problems, rows),
+            "half": lambda p=player: rollout(p, problems, half, 0),
+        }
+        seconds = clock(repeats, work)
+        speeds = ours / seconds["ours"], theirs / seconds["theirs"]
+        found |= dict(zip((f"rollout{kind}_tokens_per_s", f"generate{kind}_tokens_per_s"), speeds))
+        found[f"rollout{kind}_speedup"] = speeds[0] / speeds[1]
+    found["length_doubled"] = seconds["ours"] / seconds["half"]
+    repeated = [problem for problem in problems for _ in range(config.num_samples)]
+    numbers = [*range(config.num_samples)] * len(problems)
+    few = len(repeated) // 2
+    work = {
+        "all": lambda: rollout(policy, repeated, config, 0, numbers),
+        "few": lambda: rollout(policy, repeated[:few], config, 0, numbers),
+    }
+    seconds = clock(repeats, work)
+    found["stage_1_responses_per_s"] = len(repeated) / seconds["all"]
+    found["problems_doubled"] = seconds["all"] / seconds["few"]
+    return found
+
+
+def bench_step(
+    policy: Policy, ref: Policy, problems: Sequence[Problem], config: Config, repeats: int
+) -> dict[str, float]:
+    """Seconds of one step of stage 2 and of its parts. The weights stay: the learning rate is 0."""
+    config = dataclasses.replace(config, lr=0.0)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0, weight_decay=0.0)
+    v_star: Baselines = defaultdict(lambda: 0.5)
+    chosen = batch_of_step(problems, 0, config.batch_size, config.seed)
+    dialogues = rollout(policy, chosen, config, 1, range(len(chosen)))
+    parts = token_batches([len(d.ids) for d in dialogues], config.update_tokens)
+    batches = [collate([dialogues[i] for i in part], v_star, policy.device) for part in parts]
+
+    def score(model: Policy, backward: bool = False) -> None:
+        for batch in batches:
+            with torch.set_grad_enabled(model is policy):
+                logps = token_logps(model, batch.ids, batch.mask, batch.scored)
+            if backward:
+                logps.sum().backward()
+
+    def optimize() -> None:
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+        optimizer.step()
+
+    def check() -> None:
+        for dialogue, turn in ((d, turn) for d in dialogues for turn in d.turns):
+            parse_judgment(turn.text)
+            verify(turn.text, dialogue.problem.answer)
+
+    square = torch.randn(1024, 1024, device=policy.device, dtype=policy.dtype)
+    half = dialogues[: len(dialogues) // 2 or 1]
+    work = {
+        "sampling": lambda: rollout(policy, chosen, config, 1, range(len(chosen))),
+        "reward": check,
+        "reference": lambda: score(ref),
+        "policy": lambda: score(policy),
+        "backward": lambda: score(policy, backward=True),
+        "optimizer": optimize,
+        "step": lambda: train_step(policy, ref, optimizer, problems, v_star, config, 0),
+        "update": lambda: update(policy, ref, optimizer, dialogues, v_star, config),
+        "half": lambda: update(policy, ref, optimizer, half, v_star, config),
+        "matmul": lambda: square @ square,
+    }
+    found = clock(repeats, work)
+    found["sampling"] -= found["reward"]
+    found["backward"] -= found["policy"]
+    found["batch_doubled"] = found["update"] / found.pop("half")
+    head = policy.model.get_output_embeddings().weight
+    inner = sum(p.numel() for p in policy.model.get_decoder().parameters() if p.ndim == 2)
+    inner -= policy.model.get_input_embeddings().weight.numel()
+    read = sum(int(batch.mask.sum()) for batch in batches)
+    scored = sum(int(batch.scored.sum()) for batch in batches)
+    products = 2 * (inner * read + head.numel() * scored)  # of one forward pass
+    found["matmul_flops_per_s"] = 2 * 1024**3 / found.pop("matmul")
+    # The reference goes forward, the policy forward and, at twice the cost, backward.
+    found["update_matmul_share"] = 4 * products / found["update"] / found["matmul_flops_per_s"]
+    return found
+
+
+def bench(config: Config, repeats: int, file: str) -> dict[str, Any]:
+    """Measure, print a table and, if `file` is given, write everything to it as JSON."""
+    check_options(config, training=True)
+    if repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, not {repeats}")
+    policy = load_policy(config)
+    check_context(policy, config)
+    problems = load_problems(config.train_data, config.train_limit, policy, config)
+    ref = freeze(policy)
+    found: dict[str, Any] = bench_sampling(policy, problems, config, repeats)
+    for name, revisions in (("single", 0), ("dialogue", config.revisions)):
+        setting = dataclasses.replace(config, revisions=revisions)
+        found[name] = bench_step(policy, ref, problems, setting, repeats)
+    found["dialogue_step_ratio"] = found["dialogue"]["step"] / found["single"]["step"]
+    if policy.device.type == "cuda":
+        found["peak_memory_mib"] = torch.cuda.max_memory_allocated(policy.device) / 2**20
+    else:
+        import resource  # not on Windows
+
+        found["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report_bench(found, len(problems), config, repeats)
+    if file:
+        write_json(Path(file), {**describe(config, policy), **found})
+    return found
+
+
+def report_bench(found: dict[str, Any], problems: int, config: Config, repeats: int) -> None:
+    """The table of `bench`."""
+    print(f"\n{problems} problems, batch {config.batch_size}, ", end="")
+    print(f"up to {config.max_new_tokens} tokens a turn, medians of {repeats}")
+    print(f"\n{'sampling, tokens/s':<40}{'here':>12}{'generate':>12}{'ratio':>12}")
+    for text, kind in (("as responses end", ""), ("all of full length", "_full_length")):
+        numbers = [found[f"{who}{kind}_tokens_per_s"] for who in ("rollout", "generate")]
+        print(f"  {text:<38}{numbers[0]:>12,.0f}{numbers[1]:>12,.0f}", end="")
+        print(f"{found[f'rollout{kind}_speedup']:>12.2f}")
+    print(f"stage 1, responses/s{found['stage_1_responses_per_s']:>32,.0f}")
+    print(f"\n{'one step of stage 2, ms':<40}{'solve only':>12}{'all turns':>12}{'ratio':>12}")
+    parts = ("sampling", "reward", "reference", "policy", "backward", "optimizer", "step")
+    for part in parts:
+        alone, whole = (1000 * found[name][part] for name in ("single", "dialogue"))
+        print(f"  {part:<38}{alone:>12.1f}{whole:>12.1f}{whole / alone:>12.2f}")
+    shares = [100 * found[name]["update_matmul_share"] for name in ("single", "dialogue")]
+    print(f"  {'update, % of the matmul rate':<38}{shares[0]:>12.0f}{shares[1]:>12.0f}")
+    rate = found["dialogue"]["matmul_flops_per_s"] / 1e9
+    print(f"\nmatmul rate {rate:,.0f} GFLOP/s, peak memory {found['peak_memory_mib']:,.0f} MiB")
+    print(f"\n{'when this doubles':<40}{'time grows':>12}")
+    print(f"  {'problems of stage 1':<38}{found['problems_doubled']:>12.2f}")
+    print(f"  {'length of all responses':<38}{found['length_doubled']:>12.2f}")
+    print(f"  {'batch of an update':<38}{found['dialogue']['batch_doubled']:>12.2f}")
+
+
+# --- L. The command line --------------------------------------------------------------------------
 
 EVAL_OPTIONS = (
     "model", "eval_data", "out", "seed", "revisions", "max_prompt_tokens", "max_new_tokens",
@@ -3637,6 +3976,12 @@ EVAL_OPTIONS = (
     "dtype", "threads",
 )  # fmt: skip
 EVAL_ONLY = ("samples", "top_p", "compare")
+BENCH_OPTIONS = (
+    "model", "train_data", "seed", "train_limit", "batch_size", "num_samples", "revisions",
+    "max_prompt_tokens", "max_new_tokens", "rollout_tokens", "update_tokens", "device", "dtype",
+    "threads",
+)  # fmt: skip
+BENCH_DEFAULTS = {"train_limit": 512, "max_new_tokens": 72}
 EVAL_DEFAULTS = {"model": "", "temperature": 0.0, "eval_limit": 0}
 
 # Real models. What is marked * is the value of the A*-PO authors' MATH script (7,500 problems, 25
@@ -3724,6 +4069,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
     plotting.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     plotting.add_argument("--out", default="dashboard.png", help="file (default: %(default)s)")
+    measuring = commands.add_parser("bench", help="measure how fast everything is")
+    add_options(measuring, BENCH_OPTIONS, BENCH_DEFAULTS)
+    measuring.add_argument("--repeats", type=int, default=3, help="of each (default: %(default)s)")
+    measuring.add_argument("--json", default="", metavar="FILE", help="write the numbers to FILE")
     data = commands.add_parser("data", help="write data/train.jsonl and data/test.jsonl")
     base = commands.add_parser("pretrain", help="make data/base and data/attempts.jsonl anew")
     for command in (data, base):
@@ -3738,7 +4087,9 @@ def chosen_config(options: argparse.Namespace) -> Config:
     values = dict(PRESETS[options.preset]) if options.preset else {}
     if options.config:
         values |= dataclasses.asdict(read_config(Path(options.config))) | {"out": ""}
-    if options.command != "train":
+    if options.command == "bench":
+        values = BENCH_DEFAULTS | {k: v for k, v in values.items() if k in BENCH_OPTIONS}
+    elif options.command != "train":
         values = {k: v for k, v in values.items() if k in EVAL_OPTIONS} | EVAL_DEFAULTS
         values |= EVAL_PRESETS.get(options.preset, {})
     values |= {name: value for name, value in vars(options).items() if name in names}
@@ -3762,6 +4113,9 @@ def run_command(options: argparse.Namespace) -> None:
     join_processes(config.device)
     if options.command == "train":
         train(config, resume=options.resume is not None)
+        return None
+    if options.command == "bench":
+        bench(config, options.repeats, options.json)
         return None
     config.model = config.model or newest_model()
     if options.command == "solve":

@@ -47,6 +47,12 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -321,9 +327,9 @@ def test_greedy_responses_equal_those_of_generate_also_with_several_end_tokens(b
     for ends in (base.end_ids, (*base.end_ids, comma)):
         policy = dataclasses.replace(base, end_ids=ends)
         prompts = [policy.prompt_ids(problem) for problem in problems]
-        u = np.zeros((len(prompts), 25))
-        memory = A.Memory(len(prompts), policy.device)
-        ours, _ = A.respond(policy, memory, prompts, u, temperature=0.0)
+        config = A.Config(max_new_tokens=25, revisions=0, rollout_tokens=20 * 50)
+        dialogues = A.rollout(policy, problems, config, 0, temperature=0.0)
+        ours = [d.ids[d.turns[0].start :] for d in dialogues]
         neutral = GenerationConfig(
             max_new_tokens=25, do_sample=False, eos_token_id=list(ends), pad_token_id=0
         )
@@ -338,6 +344,108 @@ def test_the_cut_into_batches_changes_nothing(base, problems):
         A.rollout(base, problems, A.Config(rollout_tokens=tokens), 1) for tokens in (10**6, 300)
     )
     assert [d.ids for d in wide] == [d.ids for d in narrow]
+
+
+def rows_read(monkeypatch) -> dict[str, list[int]]:
+    """How many rows the model reads at a time, texts and single tokens."""
+    seen: dict[str, list[int]] = {"read": [], "read_one": []}
+    for name, rows in seen.items():
+        method = getattr(A.Memory, name)
+
+        def counting(self, policy, ids, real, rows=rows, method=method):
+            rows.append(len(ids))
+            return method(self, policy, ids, real)
+
+        monkeypatch.setattr(A.Memory, name, counting)
+    return seen
+
+
+def test_rows_stay_within_the_budget_and_busy(base, problems, monkeypatch):
+    seen = rows_read(monkeypatch)
+    config = A.Config(revisions=0, max_new_tokens=30)
+    config.rollout_tokens = 8 * (30 + max(len(base.prompt_ids(p)) for p in problems))
+    many = [problem for problem in problems for _ in range(6)]
+    dialogues = A.rollout(base, many, config, 3, [*range(6)] * len(problems))
+    assert 8 <= max(seen["read_one"]) <= 16  # rows with shorter prompts leave room for more
+    needed = sum(len(d.ids) - d.turns[0].start - 1 for d in dialogues)
+    assert sum(seen["read_one"]) < 1.6 * needed
+
+
+def test_a_prompt_of_several_dialogues_is_read_once(base, problems, monkeypatch):
+    seen = rows_read(monkeypatch)
+    config = A.Config(revisions=0, max_new_tokens=9, num_samples=5)
+    dialogues = A.stage_one(base, problems, config)
+    assert seen["read"] == [len({p.problem for p in problems})]
+    assert seen["read_one"][0] == len(dialogues) == 5 * len(problems)
+    alone = A.rollout(base, problems, config, 0, [2] * len(problems))
+    assert [d.ids for d in dialogues[2::5]] == [d.ids for d in alone]
+
+
+def test_the_recorded_step_is_the_model_also_after_its_weights_changed(base, problems):
+    policy = dataclasses.replace(base, model=copy.deepcopy(base.model))
+    config = A.Config(revisions=0, max_new_tokens=12)
+    before = A.rollout(policy, problems, config, 0, temperature=0.0)
+    assert isinstance(policy.step, torch.jit.ScriptModule)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(0.7)
+    after = A.rollout(policy, problems, config, 0, temperature=0.0)
+    plain = dataclasses.replace(policy)
+    assert plain.step is None  # a copy may hold another model: nothing recorded goes along
+    plain.step = A.NextToken(plain.model)
+    again = A.rollout(plain, problems, config, 0, temperature=0.0)
+    assert [d.ids for d in after] == [d.ids for d in again] != [d.ids for d in before]
+
+
+class Moody(torch.nn.Module):
+    """A real model whose result hangs on an `if` about its input, which no recording repeats."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, position_ids, **inputs):
+        out = self.model(position_ids=position_ids, **inputs)
+        out.logits = out.logits * (2.0 if position_ids.max() > 100 else 1.0)
+        return out
+
+
+def test_a_model_that_a_recording_does_not_repeat_runs_as_it_is(base, problems, scripted):
+    config = A.Config(revisions=0, max_new_tokens=5)
+    moody = dataclasses.replace(base, model=Moody(base.model))
+    A.rollout(moody, problems, config, 0)
+    assert isinstance(moody.step, A.NextToken)
+    _, policy, names = scripted  # a model that no recording is possible of
+    A.rollout(policy, names, config, 0)
+    assert isinstance(policy.step, A.NextToken)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "sliding", "experts", "bfloat16"])
+def test_rollouts_of_other_architectures_are_what_a_plain_forward_gives(base, problems, kind):
+    sizes = {"vocab_size": len(base.tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=len(base.tokenizer), n_embd=32, n_layer=2, n_head=4)
+        ),
+        "sliding": lambda: MistralForCausalLM(MistralConfig(**sizes, sliding_window=12)),
+        "experts": lambda: MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)),
+        "bfloat16": lambda: base.model,
+    }[kind]()
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    policy = dataclasses.replace(base, model=model.eval(), dtype=dtype)
+    config = A.Config(max_new_tokens=25, revisions=0, rollout_tokens=500)
+    dialogues = A.rollout(policy, problems, config, 0)
+    if kind == "bfloat16":  # rounds differently in other shapes: no token for token
+        assert all(torch.isfinite(torch.tensor(d.ids)).all() for d in dialogues)
+        return
+    for d in dialogues:
+        start, n = d.turns[0].start, d.turns[0].end - d.turns[0].start
+        logits = model(torch.tensor([d.ids])).logits[0, start - 1 : -1].detach()
+        u = torch.tensor(A.uniform(0, 0, d.problem.index, 0, 0, np.arange(n)))
+        assert A.pick(logits, u, 1.0).tolist() == d.ids[start:]
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
@@ -1723,6 +1831,26 @@ def test_a_problem_that_comes_twice_in_a_batch_gets_two_dialogues(base, problems
     assert len({tuple(d.ids) for d in dialogues}) > 1
     again = A.rollout(base, twice[:1], A.Config(max_new_tokens=30), 1, samples=[3])
     assert again[0].ids == dialogues[3].ids
+
+
+def test_bench_measures_everything(tmp_path, capsys):
+    sizes = ("--train-limit", "6", "--batch-size", "4", "--num-samples", "2")
+    file = tmp_path / "bench.json"
+    sizes += ("--max-new-tokens", "8", "--repeats", "1", "--json", str(file))
+    assert A.main(["bench", *sizes]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    found = json.loads(file.read_text())
+    steps = found["single"], found["dialogue"]
+    parts = ("sampling", "reward", "reference", "policy", "optimizer", "update", "step")
+    for step in steps:
+        assert all(step[part] > 0 for part in parts)
+        assert 0 < step["update_matmul_share"] < 1
+    kinds = ("rollout", "generate", "rollout_full_length", "generate_full_length")
+    speeds = [f"{kind}_tokens_per_s" for kind in kinds]
+    growth = ["length_doubled", "problems_doubled", "dialogue_step_ratio", "rollout_speedup"]
+    for name in (*speeds, *growth, "stage_1_responses_per_s", "peak_memory_mib"):
+        assert math.isfinite(found[name]) and found[name] > 0, name
+    assert A.main(["bench", "--repeats", "0"]) == 2
 
 
 def test_ctrl_c_keeps_what_was_learned(tmp_path):
