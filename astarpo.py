@@ -260,11 +260,10 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 # Model output is hostile text. Limits bound every loop: whatever the text, a comparison takes
 # milliseconds, without eval, timer or thread.
 #
-# Three steps follow: find the answer, clean its spelling, compare. The limits, the spellings and the
-# small parser behind `same`, `read_answer` and `Work` are in Part II, C. (In a hurry? Trust
-# `is_equiv` and go on to section 4: nothing else of this section is needed later.)
+# Three steps: find the answer (`extract_answer`), clean its spelling (`normalize_answer`), compare
+# (`is_equiv`). The spellings, the limits and the small parser behind the comparison are in Part II,
+# C; nothing of it is needed later in the lesson.
 
-BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^]{}]*\]\s*)*|\\.|[{}]", re.DOTALL)
 PHRASE = re.compile(
     r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|####(?! *final answer)|^[#* ]*final answer[#* ]*$",
     re.IGNORECASE | re.MULTILINE,
@@ -298,44 +297,6 @@ def extract_answer(text: str | None) -> str | None:
     line = line.removeprefix(r"\(").removeprefix(r"\[").removesuffix(r"\)").removesuffix(r"\]")
     line = line.strip()
     return line if 0 < len(line) <= MAX_ANSWER else None
-
-
-def last_box(text: str) -> str:
-    """Return what is inside the last outermost box; '' when it is empty or never closed."""
-    content, depth, start, inside = "", 0, 0, 0
-    for match in BOX.finditer(text):
-        if match[0] in "{}":
-            depth += 1 if match[0] == "{" else -1
-            if inside and depth < inside:
-                content, inside = text[start : match.start()], 0
-        elif len(match[0]) > 4 and not inside:
-            start = match.end()
-            if text[start : start + 1] == "{":
-                content, start, inside = "", start + 1, depth + 1
-            else:  # \boxed 5 has no braces: take the next word
-                content = re.match(r"[^\s$]*", text[start:])[0].rstrip(".,;")
-    return content.strip()
-
-
-def normalize_answer(answer: str | None) -> str:
-    r"""Return `answer` in the one spelling that `is_equiv` reads; text stands in "quotes".
-
-    >>> normalize_answer(r"$\left[ \dfrac12,\, 10{,}000 \pi \right)$.")
-    '[\\frac{1}{2};10000π)'
-    """
-    text = (answer or "").strip("* \t\r\n")
-    if len(text) > MAX_ANSWER:
-        return text  # too long to be read: it will equal itself and nothing else
-    separator = r"(?<=[0-9])(?:\{,\}|,\\!|\\,|\\[ ;:](?![0-9]+/))\s*(?=[0-9]{3}(?![0-9]))"
-    text = re.sub(separator, "", text)
-    text = text.replace("...", "…").replace("**", "^")
-    text = SIGN.sub(lambda sign: PLAIN.get(sign[0], sign[0]), text)
-    for pattern, new in REWRITES:
-        text = pattern.sub(new, text)
-    text = text.rstrip(" .,;:\\")
-    if not re.search(r"[(\[]|\\\{", text):  # 31,250 is one number, (31,250) a pair
-        text = BARE_THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
-    return text
 
 
 def is_equiv(predicted: str | None, gold: str | None) -> bool:
@@ -509,7 +470,9 @@ def freeze(policy: Policy) -> Policy:
 #   the rows differ in length and in turn. The cache has holes, a mask says which cells are real,
 #   and the position of a token counts only the real ones before it;
 # * what several rows have in common is read once: stage 1 asks each problem N times;
-# * the step from token to token is recorded, and repeated without Python (Part II, K).
+# * the step from token to token is recorded, and repeated without Python.
+#
+# Part II, K has the mechanics: `left_pad`, `join_rows`, `join_memories`, `record`.
 #
 # Randomness is a pure function. The token at one place of one turn of one sample of one problem is
 # chosen by a number u in [0, 1) hashed from exactly those counters. So the order of batches does
@@ -584,7 +547,7 @@ class Memory:
         """Let the model read token (B,) in the next free column: logits (B, V), in float32."""
         if self.used == self.mask.shape[1]:
             everyone = torch.arange(len(token), device=token.device)
-            vars(self).update(vars(Memory.join([(self, everyone)], roomy=True)))
+            vars(self).update(vars(join_memories([(self, everyone)], roomy=True)))
         positions = self.mask.sum(1, keepdim=True)  # (B, 1)
         self.mask[:, self.used] = real
         column = torch.tensor(self.used, device=token.device)
@@ -594,46 +557,6 @@ class Memory:
             logits = policy.step(*inputs)
         self.used += 1
         return logits.float()
-
-    @staticmethod
-    def join(parts: Sequence[tuple[Memory, Tensor]], roomy: bool) -> Memory:
-        """Some rows of some memories, one below the other. In each row the real cells come last
-        and are followed, if `roomy`, by free ones; holes only fill up the shorter rows."""
-        masks = [memory.mask[rows] for memory, rows in parts]
-        width = max(int(mask.sum(1).max()) for mask in masks)
-        free = (16 + width // 4) * roomy
-        order = [
-            mask.byte().argsort(dim=1, stable=True)[:, -width:] for mask in masks
-        ]  # holes first
-        short = [width - cells.shape[1] for cells in order]
-        real = [F.pad(m.gather(1, o), (n, free)) for m, o, n in zip(masks, order, short)]
-        # Which cell goes where; a memory that is too short lends its first one to fill the holes.
-        order = [F.pad(cells, (n, 0)) for cells, n in zip(order, short)]
-        whole = Memory(0, masks[0].device)
-        whole.mask, whole.used = torch.cat(real), width
-        for same in zip(*(memory.cells for memory, _ in parts)):
-            shape = (len(whole.mask), same[0].shape[1], width + free, same[0].shape[3])
-            together, start = same[0].new_empty(shape), 0
-            together[:, :, width:] = 0  # hidden, but 0 * nan would be nan
-            heads = torch.arange(shape[1], device=together.device)[:, None]
-            for tensor, (_, rows), cells in zip(same, parts, order):
-                place = together[start : start + len(rows), :, :width]
-                place.copy_(tensor[rows[:, None, None], heads, cells[:, None]])
-                start += len(rows)
-            whole.cells.append(together)
-        return whole
-
-
-def left_pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ragged ids as one tensor whose rows END together: ids (B, P) and which are real (B, P).
-
-    >>> left_pad([[7], [8, 9]], torch.device("cpu"))[0].tolist()
-    [[0, 7], [8, 9]]
-    """
-    width = max(map(len, texts))
-    ids = torch.tensor([[0] * (width - len(t)) + list(t) for t in texts], device=device)
-    lengths = torch.tensor([len(t) for t in texts], device=device)[:, None]
-    return ids, torch.arange(width, device=device) >= width - lengths
 
 
 @dataclass
@@ -662,20 +585,12 @@ class Rows:
             logits = memory.read(policy, *left_pad([*row_of], policy.device))
             rows = torch.tensor([row_of[text] for text in unread], device=policy.device)
             if len(row_of) < len(rows):
-                memory, logits = Memory.join([(memory, rows)], roomy=False), logits[rows]
+                memory, logits = join_memories([(memory, rows)], roomy=False), logits[rows]
         else:
             logits = memory.read(policy, *left_pad(unread, policy.device))
         numbers = torch.from_numpy(u).to(policy.device)
         length = torch.zeros(len(u), dtype=torch.long, device=policy.device)
         return Rows(memory, logits, numbers, torch.zeros_like(numbers).long(), length, length > 0)
-
-    @staticmethod
-    def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-        """Some rows of each part, one below the other."""
-        parts = [(part, torch.tensor(rows, device=part.ended.device)) for part, rows in parts]
-        memory = Memory.join([(part.memory, rows) for part, rows in parts], roomy=True)
-        names = [item.name for item in dataclasses.fields(Rows)][1:]
-        return Rows(memory, *(torch.cat([getattr(p, n)[rows] for p, rows in parts]) for n in names))
 
     def write(self, policy: Policy, temperature: float) -> None:
         """Write all responses on, token by token, until a third of the rows have ended."""
@@ -697,23 +612,6 @@ class Rows:
         """The tokens of the responses that have ended."""
         tokens, lengths = self.tokens[self.ended].tolist(), self.length[self.ended].tolist()
         return [row[:length] for row, length in zip(tokens, lengths)]
-
-
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each at most `budget` cells with its padding (but at
-    least one index).
-
-    >>> list(token_batches([5, 1, 4, 2], budget=8))
-    [[1, 3], [2], [0]]
-    """
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[i] > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 # --- 7. V*: how good could the best policy be? ----------------------------------------------------
@@ -996,7 +894,7 @@ def play(
                 parts.append((rows, busy))
             if again:
                 chosen = torch.tensor(again, device=policy.device)
-                memory = Memory.join([(rows.memory, chosen)], roomy=False)
+                memory = join_memories([(rows.memory, chosen)], roomy=False)
                 begun = begin_turns(policy, playing[len(busy) :], memory, config, step)
                 parts.append((begun, [*range(len(again))]))
         widest = max(map(limit, [*playing, *itertools.islice(waiting, 1)]), default=1)
@@ -1006,7 +904,7 @@ def play(
             parts.append((begin_turns(policy, fresh, None, config, step), [*range(len(fresh))]))
             playing += fresh
         if playing:
-            rows = Rows.join(parts)
+            rows = join_rows(parts)
             rows.write(policy, temperature)
     for dialogue in dialogues:
         dialogue.pay(config.alpha)
@@ -1881,6 +1779,47 @@ REWRITES = [
         ),
     )
 ]
+
+
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^]{}]*\]\s*)*|\\.|[{}]", re.DOTALL)
+
+
+def last_box(text: str) -> str:
+    """Return what is inside the last outermost box; '' when it is empty or never closed."""
+    content, depth, start, inside = "", 0, 0, 0
+    for match in BOX.finditer(text):
+        if match[0] in "{}":
+            depth += 1 if match[0] == "{" else -1
+            if inside and depth < inside:
+                content, inside = text[start : match.start()], 0
+        elif len(match[0]) > 4 and not inside:
+            start = match.end()
+            if text[start : start + 1] == "{":
+                content, start, inside = "", start + 1, depth + 1
+            else:  # \boxed 5 has no braces: take the next word
+                content = re.match(r"[^\s$]*", text[start:])[0].rstrip(".,;")
+    return content.strip()
+
+
+def normalize_answer(answer: str | None) -> str:
+    r"""Return `answer` in the one spelling that `is_equiv` reads; text stands in "quotes".
+
+    >>> normalize_answer(r"$\left[ \dfrac12,\, 10{,}000 \pi \right)$.")
+    '[\\frac{1}{2};10000π)'
+    """
+    text = (answer or "").strip("* \t\r\n")
+    if len(text) > MAX_ANSWER:
+        return text  # too long to be read: it will equal itself and nothing else
+    separator = r"(?<=[0-9])(?:\{,\}|,\\!|\\,|\\[ ;:](?![0-9]+/))\s*(?=[0-9]{3}(?![0-9]))"
+    text = re.sub(separator, "", text)
+    text = text.replace("...", "…").replace("**", "^")
+    text = SIGN.sub(lambda sign: PLAIN.get(sign[0], sign[0]), text)
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    text = text.rstrip(" .,;:\\")
+    if not re.search(r"[(\[]|\\\{", text):  # 31,250 is one number, (31,250) a pair
+        text = BARE_THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    return text
 
 
 class Node(NamedTuple):
@@ -3633,6 +3572,23 @@ def collect(mine: list[Any], n: int) -> list[Any]:
     return whole
 
 
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each at most `budget` cells with its padding (but at
+    least one index).
+
+    >>> list(token_batches([5, 1, 4, 2], budget=8))
+    [[1, 3], [2], [0]]
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def my_share(dialogues: Sequence[Dialogue], budget: int) -> list[tuple[Sequence[Dialogue], float]]:
     """The micro-batches of this process, with their weights. All processes have as many: a slice of
     FSDP's waits for the others in each pass, so who has fewer adds passes that weigh nothing."""
@@ -3708,6 +3664,52 @@ def sum_over_processes(model: Any, seen: dict[str, float]) -> dict[str, float]:
 # --- K. Speed: a token without Python, and how fast is it? ----------------------------------------
 # A small model's step from token to token is a few hundred operations on small tensors, and between
 # two of them Python takes longer than they do. So the step is recorded once and then repeated.
+
+
+def left_pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ragged ids as one tensor whose rows END together: ids (B, P) and which are real (B, P).
+
+    >>> left_pad([[7], [8, 9]], torch.device("cpu"))[0].tolist()
+    [[0, 7], [8, 9]]
+    """
+    width = max(map(len, texts))
+    ids = torch.tensor([[0] * (width - len(t)) + list(t) for t in texts], device=device)
+    lengths = torch.tensor([len(t) for t in texts], device=device)[:, None]
+    return ids, torch.arange(width, device=device) >= width - lengths
+
+
+def join_memories(parts: Sequence[tuple[Memory, Tensor]], roomy: bool) -> Memory:
+    """Some rows of some memories, one below the other. In each row the real cells come last
+    and are followed, if `roomy`, by free ones; holes only fill up the shorter rows."""
+    masks = [memory.mask[rows] for memory, rows in parts]
+    width = max(int(mask.sum(1).max()) for mask in masks)
+    free = (16 + width // 4) * roomy
+    order = [mask.byte().argsort(dim=1, stable=True)[:, -width:] for mask in masks]  # holes first
+    short = [width - cells.shape[1] for cells in order]
+    real = [F.pad(m.gather(1, o), (n, free)) for m, o, n in zip(masks, order, short)]
+    # Which cell goes where; a memory that is too short lends its first one to fill the holes.
+    order = [F.pad(cells, (n, 0)) for cells, n in zip(order, short)]
+    whole = Memory(0, masks[0].device)
+    whole.mask, whole.used = torch.cat(real), width
+    for same in zip(*(memory.cells for memory, _ in parts)):
+        shape = (len(whole.mask), same[0].shape[1], width + free, same[0].shape[3])
+        together, start = same[0].new_empty(shape), 0
+        together[:, :, width:] = 0  # hidden, but 0 * nan would be nan
+        heads = torch.arange(shape[1], device=together.device)[:, None]
+        for tensor, (_, rows), cells in zip(same, parts, order):
+            place = together[start : start + len(rows), :, :width]
+            place.copy_(tensor[rows[:, None, None], heads, cells[:, None]])
+            start += len(rows)
+        whole.cells.append(together)
+    return whole
+
+
+def join_rows(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
+    """Some rows of each part, one below the other."""
+    parts = [(part, torch.tensor(rows, device=part.ended.device)) for part, rows in parts]
+    memory = join_memories([(part.memory, rows) for part, rows in parts], roomy=True)
+    names = [item.name for item in dataclasses.fields(Rows)][1:]
+    return Rows(memory, *(torch.cat([getattr(p, n)[rows] for p, rows in parts]) for n in names))
 
 
 class Cells(DynamicLayer):

@@ -1810,19 +1810,24 @@ def test_results_are_never_overwritten(finished, tmp_path, capsys):
     assert A.main(["train", "--out", str(tmp_path / "file")]) == 2
 
 
-def test_as_a_process_it_helps_and_fails_with_a_status():
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, A.__file__, *arguments]
-        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-
-    shown, others = run("train", "--help"), run("eval", "--help")
-    assert shown.returncode == 0
+@pytest.mark.parametrize("command", ["train", "eval", "solve", "bench", "plot", "data", "pretrain"])
+def test_every_command_explains_its_options(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        A.main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
     for item in dataclasses.fields(A.Config):
-        help_text = others.stdout if item.name in A.EVAL_ONLY else shown.stdout
-        assert "--" + item.name.replace("_", "-") in help_text
-    failed = run("train", "--steps", "-1")
+        if command == ("eval" if item.name in A.EVAL_ONLY else "train"):
+            assert "--" + item.name.replace("_", "-") in shown
+
+
+def test_as_a_process_it_fails_with_a_status_and_a_sentence():
+    command = [sys.executable, A.__file__, "train", "--steps", "-1"]
+    failed = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
-    assert run("train", "--steps", "many").returncode == 2
+    with pytest.raises(SystemExit) as stop:
+        A.main(["train", "--steps", "many"])
+    assert stop.value.code == 2
 
 
 def test_a_problem_that_comes_twice_in_a_batch_gets_two_dialogues(base, problems):
@@ -1969,7 +1974,7 @@ def undisturbed(tmp_path_factory) -> dict[str, Any]:
 SOAK = int(os.environ.get("ASTARPO_SOAK", "0"))  # how many times to kill at random
 
 
-@pytest.mark.parametrize("moment", range(3, 200) if SOAK else (8, 36, 43))
+@pytest.mark.parametrize("moment", range(3, 200) if SOAK else (8, 36))
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment, undisturbed, tmp_path):
     folder = tmp_path / "run"
     assert in_child(killed_at(folder, moment)) in (-signal.SIGKILL, 0)
@@ -2212,7 +2217,7 @@ def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path)
     assert two_processes(work) == [0, 0]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"] if SOAK else ["fsdp"])
 def test_a_run_of_two_processes_is_killed_and_resumed(parallel, tmp_path):
     folder = tmp_path / "run"
     config = dataclasses.replace(short_run(folder), parallel=parallel, eval_every=0, steps=3)
