@@ -1203,6 +1203,7 @@ def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
     """Evaluate --model on the held-out problems; writes a line a problem and the summary."""
     check_options(config)
     policy = dataclasses.replace(load_policy(config), top_p=config.top_p)
+    check_context(policy, config)
     problems = load_problems(config.eval_data, config.eval_limit, policy, config)
     if config.compare:
         other = load_policy(dataclasses.replace(config, model=config.compare))
@@ -1520,9 +1521,10 @@ def load_pool(config: Config) -> list[tuple[Problem, str, bool]]:
 
 def check_context(policy: Policy, config: Config) -> None:
     """The longest possible dialogue must fit into the model's context."""
-    bridges = sum(len(policy.bridge_ids(p, False)) for p in (VERIFY_PROMPT, REVISE_PROMPT))
     longest = config.max_prompt_tokens + config.max_new_tokens
-    longest += config.revisions * (2 * config.max_new_tokens + bridges)
+    if config.revisions:
+        bridges = sum(len(policy.bridge_ids(p, False)) for p in (VERIFY_PROMPT, REVISE_PROMPT))
+        longest += config.revisions * (2 * config.max_new_tokens + bridges)
     context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
     if longest > context:
         raise UsageError(
@@ -1603,6 +1605,9 @@ def save_model(policy: Policy, folder: Path) -> None:
     try:
         policy.model.save_pretrained(partial, state_dict=weights)
         policy.tokenizer.save_pretrained(partial)
+        for file in partial.iterdir():
+            with file.open("r+b") as there:  # on the disk before the name is
+                os.fsync(there.fileno())
         shutil.rmtree(folder, ignore_errors=True)  # an earlier best/
         partial.rename(folder)
     except Exception as error:  # safetensors has a kind of its own for a full disk
@@ -1616,10 +1621,12 @@ def saved_at_the_end(policy: Policy, folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise RunError(
-            f"stopped; go on with 'train --resume {folder}'. The model as it is now lies in "
-            f"{folder}/checkpoint (evaluate it with 'eval --model {folder}/checkpoint')"
-        ) from None
+        saved = (
+            f". The model as it is now lies in {folder}/checkpoint (evaluate it with "
+            f"'eval --model {folder}/checkpoint')"
+        )
+        message = f"stopped; go on with 'train --resume {folder}'"
+        raise RunError(message + saved * (world()[1] == 1)) from None
     finally:
         if world()[1] == 1 or sys.exc_info()[0] is None:
             save_model(policy, folder / "checkpoint")
@@ -2578,9 +2585,10 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         ids = prompt + encode(policy.tokenizer, text)
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
         told.append(Dialogue(problem, ids, [turn]))
-    progress = Progress("verifier pool", len(told))
+    mine, progress = deal(told), Progress("verifier pool", len(told))
     with gathered(policy.model):
-        play(policy, told, 2, config, -1, 0.0, progress)
+        play(policy, mine, 2, config, -1, 0.0, progress)
+    told = collect(mine, len(told))
     judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
     return confusion(judged, "verifier_pool")
 
@@ -2610,12 +2618,14 @@ def check_in(
 def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None]:
     """--log-to: what sends the numbers of a step on."""
     try:
-        if config.log_to == "wandb":
+        if world()[0]:
+            pass  # of several processes the first one reports
+        elif config.log_to == "wandb":
             import wandb
 
             run = wandb.init(project="astarpo", dir=folder, config=dataclasses.asdict(config))
             return lambda numbers: run.log(numbers, step=numbers["step"])
-        if config.log_to == "tensorboard":
+        elif config.log_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             add = SummaryWriter(str(folder)).add_scalar
@@ -3298,17 +3308,24 @@ def unfinished_run(path: str) -> tuple[Path, Config]:
     if not found:
         why = "is finished" if (runs[-1:] or [Path()])[-1].joinpath("summary.json").exists() else ""
         raise UsageError(f"--resume: {path or 'runs/'} {why or 'holds no unfinished run'}")
-    return found[-1], dataclasses.replace(
-        read_config(found[-1] / "config.json"), out=str(found[-1])
-    )
+    run = found[-1]
+    config = dataclasses.replace(read_config(run / "config.json"), out=str(run))
+    if config.v_star and (run / "v_star.jsonl").exists():  # the run has its copy
+        config.v_star = str(run / "v_star.jsonl")
+    return run, config
 
 
 def read_config(path: Path) -> Config:
     """The options in a run's config.json. Raises UsageError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {item.name: type(item.default) for item in dataclasses.fields(Config)}
-        return Config(**{name: kinds[name](values[name]) for name in kinds if name in values})
+        values = {**json.loads(path.read_text(encoding="utf-8"))}
+        config = Config(**{k: v for k, v in values.items() if k not in ("versions", "weights")})
+        for item in dataclasses.fields(config):
+            value, kind = getattr(config, item.name), type(item.default)
+            if type(value) is not kind and (type(value), kind) != (int, float):
+                raise TypeError(f"'{item.name}' is {value!r}")
+            setattr(config, item.name, kind(value))
+        return config
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path} is not the config.json of a run: {error}") from error
 
@@ -3317,7 +3334,7 @@ def reopen_folder(path: str, about: dict[str, Any]) -> Path:
     """The folder of the run that goes on, if it started from these weights. Raises UsageError."""
     folder = Path(path)
     if (
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))["weights"]
+        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("weights")
         != about["weights"]
     ):
         raise UsageError(f"--resume: {about['model']} holds other weights than when {path} began")
@@ -3426,12 +3443,13 @@ def restore(
     good = None
     for state in states(folder):
         if why := fault(state, len(lines["metrics"])):
-            print(f"{state} is of no use ({why}); an earlier one is")
+            print(f"{state} is of no use ({why})")
         else:
             good = state
     step = int(good.name[6:]) if good else 0
-    if good:
+    if good or lines["metrics"]:
         print(f"going on after step {step}")
+    if good:
         saved = torch.load(good / "training.pt", map_location="cpu", weights_only=True, mmap=True)
         set_model_state_dict(policy.model, saved["model"], options=WHOLE)
         set_optimizer_state_dict(policy.model, optimizer, saved["optimizer"], options=WHOLE)
@@ -3440,7 +3458,7 @@ def restore(
     kept = {}
     for name, there in lines.items():
         keep = [line for line in there if json.loads(line)["step"] <= step]
-        if len(keep) < len(there) or there != keep:
+        if (folder / f"{name}.jsonl").exists():  # also if only half a line is to go
             cut_lines(folder / f"{name}.jsonl", keep)
         kept[name] = [json.loads(line) for line in keep]
     return kept["metrics"], kept["eval"]
@@ -3469,6 +3487,8 @@ def add_adapters(policy: Policy, rank: int, seed: int) -> None:
         from peft import LoraConfig
     except ImportError as error:
         raise UsageError("--lora needs the package peft: pip install peft") from error
+    if hasattr(policy.model, "had_adapters"):  # they would be saved as if beside its base
+        raise UsageError("--lora goes not with a LoRA checkpoint as --model: start from its base")
     torch.manual_seed(seed)
     policy.model.requires_grad_(False)
     kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -3494,7 +3514,9 @@ def merged_adapters(path: Path, options: dict[str, Any]) -> Any:
         from peft import AutoPeftModelForCausalLM
     except ImportError as error:
         raise UsageError(f"{path} holds LoRA adapters: pip install peft") from error
-    return AutoPeftModelForCausalLM.from_pretrained(str(path), **options).merge_and_unload()
+    model = AutoPeftModelForCausalLM.from_pretrained(str(path), **options).merge_and_unload()
+    model.had_adapters = True
+    return model
 
 
 def blocks(model: Any) -> list[Any]:
@@ -3604,6 +3626,8 @@ def spread(policy: Policy, ref: Policy, config: Config) -> None:
     """--parallel fsdp: deal out the weights of policy and reference."""
     if world()[1] == 1 or config.parallel != "fsdp":
         return
+    if policy.dtype == torch.float16:  # what --dtype auto takes on a GPU without bfloat16
+        raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
     mesh = init_device_mesh(policy.device.type, (world()[1],))
     for model in (policy.model, ref.model):
         for layer in blocks(model):
@@ -4018,11 +4042,14 @@ def newest_model() -> str:
     return found[-1] if found else "data/base"
 
 
-def solve(config: Config, problem: str) -> Dialogue:
-    """Let --model solve, check and revise one problem, greedily; prints the dialogue."""
+def solve(config: Config, problem: str, temperature: float = 0.0) -> Dialogue:
+    """Let --model solve, check and revise one problem; prints the dialogue."""
     check_options(config)
-    policy = load_policy(config)
-    dialogue = rollout(policy, [Problem(0, problem, "")], config, -1, temperature=0.0)[0]
+    policy = dataclasses.replace(load_policy(config), top_p=config.top_p)
+    asked = Problem(0, problem, "")
+    length = len(policy.prompt_ids(asked))
+    check_context(policy, dataclasses.replace(config, max_prompt_tokens=length))
+    dialogue = rollout(policy, [asked], config, -1, temperature=temperature)[0]
     print_dialogue(dialogue)
     return dialogue
 
@@ -4121,7 +4148,7 @@ def run_command(options: argparse.Namespace) -> None:
         return None
     config.model = config.model or newest_model()
     if options.command == "solve":
-        solve(config, options.problem)
+        solve(config, options.problem, config.temperature)
     else:
         evaluate(config, config.temperature)
     return None

@@ -1382,6 +1382,10 @@ def test_later_turns_extend_the_same_ids_and_a_template_that_rewrites_is_refused
     tokenizer.chat_template = FORGETFUL
     with pytest.raises(A.UsageError, match="rewrites"):
         A.bridge_text(tokenizer, A.VERIFY_PROMPT)
+    policy = dataclasses.replace(base, tokenizer=tokenizer)
+    A.check_context(policy, A.Config(revisions=0))  # no later turns: any template will do
+    with pytest.raises(A.UsageError, match="rewrites"):
+        A.check_context(policy, A.Config())
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -1729,6 +1733,9 @@ def test_solve_prints_a_dialogue(capsys):
     assert A.main(["solve", "What is 47 * 36?", "--model", "data/base"]) == 0
     out = capsys.readouterr().out
     assert "problem  What is 47 * 36?" in out and "solve" in out and "boxed" in out
+    hot = ["--temperature", "50", "--max-new-tokens", "8"]
+    assert A.main(["solve", "What is 47 * 36?", "--model", "data/base", *hot]) == 0
+    assert "[cut off]" in capsys.readouterr().out
 
 
 def broken_model(folder: Path, damage: str) -> Path:
@@ -1799,6 +1806,14 @@ def test_bad_options_are_one_sentence(arguments, complaint, tmp_path, capsys, mo
     assert A.main(["train", *small, *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert complaint in error and len(error.splitlines()) == 1
+
+
+def test_a_dialogue_too_long_for_the_context_is_refused_by_every_command(capsys):
+    for command in (["eval"], ["solve", "1 + 1"], ["train"]):
+        command += ["--model", "data/base", "--max-new-tokens", "5000"]
+        assert A.main(command) == 2
+        assert "the model's context has" in capsys.readouterr().err
+    assert A.main(["solve", "1 + 1 " * 400, "--model", "data/base"]) == 2
 
 
 def test_results_are_never_overwritten(finished, tmp_path, capsys):
@@ -2017,6 +2032,8 @@ def unfinished(finished: Path, folder: Path) -> Path:
         (lambda run: (run / "state-2" / "state.json").unlink(), "state-2 is of no use"),
         (lambda run: os.truncate(run / "state-2" / "training.pt", 999), "cut off"),
         (lambda run: os.truncate(run / "metrics.jsonl", 1200), "metrics.jsonl, line 2: cut off"),
+        (lambda run: half_a_line(run / "metrics.jsonl"), "metrics.jsonl, line 3: cut off"),
+        (lambda run: half_a_line(run / "eval.jsonl"), "eval.jsonl, line 1: cut off"),
     ],
 )
 def test_a_damaged_state_is_named_and_the_one_before_is_used(
@@ -2027,6 +2044,13 @@ def test_a_damaged_state_is_named_and_the_one_before_is_used(
     assert A.main(["train", "--resume", str(folder)]) == 0
     assert said in capsys.readouterr().out
     assert left(folder) == left(finished)
+    assert not (folder / "eval.jsonl").exists() or not (folder / "eval.jsonl").read_text()
+
+
+def half_a_line(path: Path) -> None:
+    """What a full disk leaves."""
+    with path.open("a") as file:
+        file.write('{"step": 3, "lo')
 
 
 def left(folder: Path) -> tuple[Any, bytes]:
@@ -2059,6 +2083,34 @@ def test_a_run_does_not_go_on_from_other_weights(finished, tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps({**about, "weights": "0123456789abcdef"}))
     assert A.main(["train", "--resume", str(folder)]) == 2
     assert "other weights" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_has_its_own_copy_of_a_given_stage_one(finished, tmp_path):
+    given = Path(shutil.copy(finished / "v_star.jsonl", tmp_path / "given.jsonl"))
+    A.train(quick(out=str(tmp_path / "run"), seed=5, v_star=str(given)))
+    folder = unfinished(tmp_path / "run", tmp_path / "again")
+    given.unlink()
+    assert A.main(["train", "--resume", str(folder)]) == 0
+    assert left(folder) == left(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["no json", "[]", "[1]", "5", "null", '{"steps": "40"}', '{"steps": 4.5}', '{"lr": null}',
+     '{"gradient_checkpointing": "no"}', '{"learning_rate": 1}', "\0"],
+)  # fmt: skip
+def test_a_config_file_that_is_none_is_one_sentence(text, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    for arguments in (["--config", str(file)], ["--resume", str(tmp_path)]):
+        assert A.main(["train", *arguments]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "is not the config.json of a run" in error and len(error.splitlines()) == 1
+
+
+def test_a_model_folder_is_no_run_to_go_on_with(capsys):
+    assert A.main(["train", "--resume", str(DATA / "base")]) == 2
+    assert "is not the config.json of a run" in capsys.readouterr().err
 
 
 def test_given_options_count_before_a_config_file_and_that_before_a_preset(finished):
@@ -2103,6 +2155,8 @@ def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, probl
         assert not torch.allclose(learned, untouched, atol=1e-3)
         merged = A.load_policy(A.Config(model=str(tmp_path / "run"), threads=1))
         assert torch.allclose(A.token_logps(merged, *inputs), learned, atol=1e-4)
+    with pytest.raises(A.UsageError, match="start from its base"):
+        A.load_policy(quick(model=str(tmp_path / "run"), lora=4))
 
 
 def keys(dialogues: Sequence[A.Dialogue]) -> list[tuple[int, str]]:
@@ -2192,6 +2246,7 @@ def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path)
     config = A.Config(parallel=parallel, max_new_tokens=24, update_tokens=200)
     some = problems[:5]  # three for the one, two for the other
     alone = A.rollout(base, some, config, 1)
+    pool = A.evaluate_pool(base, A.Config(eval_limit=7))
     v_star = dict.fromkeys(keys(alone), 0.5)
     policy = copy_of(base)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
@@ -2203,6 +2258,7 @@ def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path)
         A.spread(mine, ref, config)
         together = A.rollout(mine, some, config, 1)
         assert [d.ids for d in together] == [d.ids for d in alone]
+        assert A.evaluate_pool(mine, A.Config(eval_limit=7)) == pool
         step = torch.optim.SGD(mine.model.parameters(), lr=1.0)
         seen = A.update(mine, ref, step, together, v_star, config)
         assert seen == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -2266,6 +2322,7 @@ def test_torchrun_starts_us(tmp_path):
     shown = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("written to") == 1
+    assert shown.stdout.count("verifier pool 4/4") == 2  # before and after
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["n"] == 4
 
 
