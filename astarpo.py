@@ -1278,7 +1278,7 @@ def check_options(config: Config, training: bool = False) -> None:
         low, high, choices = (item.metadata[name] for name in ("low", "high", "choices"))
         if choices and value not in choices:
             raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
-        if not isinstance(value, str) and not (low <= value <= high and math.isfinite(value)):
+        if not isinstance(value, str) and not (low <= value <= high and value < 2**63):
             limits = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
             raise UsageError(f"{flag} must be {limits}, not {value}")
     if config.v_star and not Path(config.v_star).is_file():
@@ -1457,8 +1457,11 @@ def read_dataset(source: str, path: Path, split: str) -> Iterator[tuple[str, Any
     """
     if not path.exists() and source.count("/") != 1:  # a hub id is owner/name
         raise UsageError(f"{source}: no such file or folder")
+    import datasets
     from datasets import get_dataset_config_names, load_dataset
 
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told below, once
     try:
         if path.is_file():
             parts = [load_dataset(LIBRARY_FILES[path.suffix], data_files=str(path))]
@@ -1467,7 +1470,8 @@ def read_dataset(source: str, path: Path, split: str) -> Iterator[tuple[str, Any
             names = [name for name in names if name in ("main", "default")][:1] or names
             parts = [load_dataset(str(path), name) for name in names]
     except Exception as error:  # `datasets` has dozens of kinds; the first line says what it is
-        reason = str(error).strip().split("\n")[0][:300]
+        cause = error.__cause__ or error
+        reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
         kind = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
         raise UsageError(f"{source} {kind}: {reason}") from error
     for part in parts:

@@ -1785,11 +1785,31 @@ def test_bad_data_names_the_file_and_the_line(text, complaint, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("empty.json", b"", "cannot be read: StopIteration"),
+        ("object.json", b'{"a": 1}', "row 0: 'problem' is missing"),
+        ("numbers.json", b"[1, 2]", "row 0: 'problem' is missing"),
+        ("empty.csv", b"", "cannot be read: No columns"),
+        ("columns.csv", b"x,y\n1,2\n", "row 0: 'problem' is missing"),
+        ("noise.parquet", b"PAR1" + b"noise" * 99, "cannot be read: Parquet magic bytes"),
+    ],
+)
+def test_a_file_that_datasets_cannot_read_is_one_sentence(name, content, complaint, tmp_path, base):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(A.UsageError, match=complaint):
+        A.load_problems(str(file), 0, base, A.Config())
+
+
+@pytest.mark.parametrize(
     "arguments, complaint",
     [
         (["--lr", "7"], "--lr must be at least 0 and at most 1"),
         (["--beta1", "0"], "--beta1"),
         (["--beta2", "nan"], "--beta2"),
+        (["--beta2", "inf"], "--beta2"),
+        (["--steps", "9" * 400], "--steps"),
         (["--num-samples", "0"], "--num-samples"),
         (["--temperature", "0"], "greedy"),
         (["--train-data", "nowhere.jsonl"], "nowhere.jsonl"),
