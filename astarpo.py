@@ -941,7 +941,7 @@ def rollout(
 # revised) gets the value of all samples of that role, over all problems: section 8 says why that is
 # harmless. Stage 2 plays one dialogue a problem with the present policy and updates it once.
 
-STAGE_ONE_PART = 512  # dialogues that are played, and kept, together
+STAGE_ONE_PART = 512  # dialogues that each process plays before they are kept
 Baselines = dict[tuple[int, str], float]  # (problem index, role) -> V^*, in units of reward
 
 
@@ -982,7 +982,7 @@ def stage_one(
     n = config.num_samples
     repeated = [problem for problem in problems for _ in range(n)]
     numbers = [*range(n)] * len(problems)
-    part = n * max(1, STAGE_ONE_PART // n)
+    part = n * max(1, STAGE_ONE_PART * world()[1] // n)
     dialogues = read_journal(journal, repeated, part) if journal else []
     progress = Progress("stage 1, V*", len(repeated), len(dialogues))
     for start in range(len(dialogues), len(repeated), part):
