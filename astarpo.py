@@ -3209,11 +3209,16 @@ def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 
 def pretrain(
-    folder: Path, seed: int = 0, steps: int = 7600, size: int = 32, lr: float = 3e-3
+    folder: Path,
+    seed: int = 0,
+    steps: int = 7600,
+    size: int = 32,
+    lr: float = 3e-3,
+    threads: int = 1,
 ) -> None:
     """Make folder/base from nothing: supervised, first the careful skills, then the habits."""
     torch.manual_seed(seed)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     tokenizer = build_tokenizer()
     model = tiny_model(tokenizer)
     # Muon needs about three quarters of AdamW's steps here; it is made for matrices only.
@@ -4080,6 +4085,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for command in (data, base):
         command.add_argument("--folder", default="data", help="where to (default: %(default)s)")
         command.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
+    base.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -4103,7 +4109,7 @@ def run_command(options: argparse.Namespace) -> None:
     if options.command == "data":
         return make_data(Path(options.folder), options.seed)
     if options.command == "pretrain":
-        return pretrain(Path(options.folder), options.seed)
+        return pretrain(Path(options.folder), options.seed, threads=max(1, options.threads))
     if options.command == "plot":
         plot([Path(run) for run in options.runs], Path(options.out))
         return print(f"written to {options.out}")
