@@ -1072,7 +1072,7 @@ def update(
     seen["entropy"] /= seen.pop("tokens")
     policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-    seen |= {"grad_norm": whole(norm).item(), "lr": optimizer.param_groups[0]["lr"]}
+    seen |= {"grad_norm": assembled(norm).item(), "lr": optimizer.param_groups[0]["lr"]}
     seen["skipped"] = float(not math.isfinite(seen["loss"] + seen["grad_norm"]))
     if not seen["skipped"]:  # one bad batch must not destroy the weights
         policy.scaler.step(optimizer)
@@ -3636,7 +3636,7 @@ def gathered(model: Any) -> Iterator[None]:
         part.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def assembled(tensor: Tensor) -> Tensor:
     """A tensor that fsdp has dealt out, put together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -3985,8 +3985,8 @@ EVAL_OPTIONS = (
 EVAL_ONLY = ("samples", "top_p", "compare")
 BENCH_OPTIONS = (
     "model", "train_data", "seed", "train_limit", "batch_size", "num_samples", "revisions",
-    "max_prompt_tokens", "max_new_tokens", "rollout_tokens", "update_tokens", "device", "dtype",
-    "threads",
+    "max_prompt_tokens", "max_new_tokens", "rollout_tokens", "update_tokens",
+    "gradient_checkpointing", "lora", "device", "dtype", "threads",
 )  # fmt: skip
 BENCH_DEFAULTS = {"train_limit": 512, "max_new_tokens": 72}
 EVAL_DEFAULTS = {"model": "", "temperature": 0.0, "eval_limit": 0}
