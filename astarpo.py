@@ -941,7 +941,7 @@ def rollout(
 # revised) gets the value of all samples of that role, over all problems: section 8 says why that is
 # harmless. Stage 2 plays one dialogue a problem with the present policy and updates it once.
 
-STAGE_ONE_PART = 512  # dialogues that are played, and kept, together
+STAGE_ONE_PART = 512  # dialogues that each process plays before they are kept
 Baselines = dict[tuple[int, str], float]  # (problem index, role) -> V^*, in units of reward
 
 
@@ -982,7 +982,7 @@ def stage_one(
     n = config.num_samples
     repeated = [problem for problem in problems for _ in range(n)]
     numbers = [*range(n)] * len(problems)
-    part = n * max(1, STAGE_ONE_PART // n)
+    part = n * max(1, STAGE_ONE_PART * world()[1] // n)
     dialogues = read_journal(journal, repeated, part) if journal else []
     progress = Progress("stage 1, V*", len(repeated), len(dialogues))
     for start in range(len(dialogues), len(repeated), part):
@@ -1072,7 +1072,7 @@ def update(
     seen["entropy"] /= seen.pop("tokens")
     policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-    seen |= {"grad_norm": whole(norm).item(), "lr": optimizer.param_groups[0]["lr"]}
+    seen |= {"grad_norm": assembled(norm).item(), "lr": optimizer.param_groups[0]["lr"]}
     seen["skipped"] = float(not math.isfinite(seen["loss"] + seen["grad_norm"]))
     if not seen["skipped"]:  # one bad batch must not destroy the weights
         policy.scaler.step(optimizer)
@@ -3223,11 +3223,16 @@ def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 
 def pretrain(
-    folder: Path, seed: int = 0, steps: int = 7600, size: int = 32, lr: float = 3e-3
+    folder: Path,
+    seed: int = 0,
+    steps: int = 7600,
+    size: int = 32,
+    lr: float = 3e-3,
+    threads: int = 1,
 ) -> None:
     """Make folder/base from nothing: supervised, first the careful skills, then the habits."""
     torch.manual_seed(seed)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     tokenizer = build_tokenizer()
     model = tiny_model(tokenizer)
     # Muon needs about three quarters of AdamW's steps here; it is made for matrices only.
@@ -3659,7 +3664,7 @@ def gathered(model: Any) -> Iterator[None]:
         part.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def assembled(tensor: Tensor) -> Tensor:
     """A tensor that fsdp has dealt out, put together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -4008,8 +4013,8 @@ EVAL_OPTIONS = (
 EVAL_ONLY = ("samples", "top_p", "compare")
 BENCH_OPTIONS = (
     "model", "train_data", "seed", "train_limit", "batch_size", "num_samples", "revisions",
-    "max_prompt_tokens", "max_new_tokens", "rollout_tokens", "update_tokens", "device", "dtype",
-    "threads",
+    "max_prompt_tokens", "max_new_tokens", "rollout_tokens", "update_tokens",
+    "gradient_checkpointing", "lora", "device", "dtype", "threads",
 )  # fmt: skip
 BENCH_DEFAULTS = {"train_limit": 512, "max_new_tokens": 72}
 EVAL_DEFAULTS = {"model": "", "temperature": 0.0, "eval_limit": 0}
@@ -4111,6 +4116,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for command in (data, base):
         command.add_argument("--folder", default="data", help="where to (default: %(default)s)")
         command.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
+    base.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -4134,7 +4140,7 @@ def run_command(options: argparse.Namespace) -> None:
     if options.command == "data":
         return make_data(Path(options.folder), options.seed)
     if options.command == "pretrain":
-        return pretrain(Path(options.folder), options.seed)
+        return pretrain(Path(options.folder), options.seed, threads=max(1, options.threads))
     if options.command == "plot":
         plot([Path(run) for run in options.runs], Path(options.out))
         return print(f"written to {options.out}")
