@@ -1865,6 +1865,14 @@ def test_as_a_process_it_fails_with_a_status_and_a_sentence():
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_a_response_without_an_end_is_cut_off_at_exactly_the_limit(limit, base, problems):
+    endless = dataclasses.replace(base, end_ids=())
+    for dialogue in A.rollout(endless, problems[:3], A.Config(max_new_tokens=limit), 1):
+        assert {turn.end - turn.start for turn in dialogue.turns} == {limit}
+        assert not any(turn.ended for turn in dialogue.turns)
+
+
 def test_a_problem_that_comes_twice_in_a_batch_gets_two_dialogues(base, problems):
     twice = [problems[0]] * 6
     dialogues = A.rollout(base, twice, A.Config(max_new_tokens=30), 1, samples=range(6))
