@@ -441,7 +441,8 @@ def load_policy(config: Config) -> Policy:
     ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
     ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
     policy = Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
-    policy.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    half = dtype == torch.float16
+    policy.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
@@ -1126,8 +1127,10 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         load_stage_one(config.v_star, mark, problems, config)
     about = describe(config, policy)
     folder = reopen_folder(config.out, about) if resume else new_folder(config.out)
+    if not resume:
+        write_json(folder / "config.json", about)
+    _lock = held(folder)  # until we return, or are killed
     send = number_sink(config, folder)
-    write_json(folder / "config.json", about)
     said: set[str] = set()  # Part II, F: what was found to hinder learning, each once
     ref = freeze(policy)
     spread(policy, ref, config)  # over several devices, if there are
@@ -1555,7 +1558,8 @@ def new_folder(path: str, suffix: str = "") -> Path:
         return copy_of_it
     folder = Path(path or time.strftime("runs/%Y%m%d-%H%M%S") + suffix)
     try:
-        if folder.is_dir() and any(folder.iterdir()):
+        left_by_a_kill = {".probe", "config.json.partial"}
+        if folder.is_dir() and {file.name for file in folder.iterdir()} - left_by_a_kill:
             raise UsageError(
                 f"--out {path} holds files already: name a new folder"
                 + (
@@ -3356,6 +3360,20 @@ def reopen_folder(path: str, about: dict[str, Any]) -> Path:
                 shutil.copy(item, folder)
     wait_for_all()
     return folder
+
+
+def held(folder: Path) -> TextIO:
+    """Keep others from going on with a run that is not dead. The system drops the lock with us."""
+    file = (folder / "config.json").open(encoding="utf-8")
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"--resume: the run in {folder} is still going on") from error
+    except (ImportError, OSError):  # a file system without locks
+        pass
+    return file
 
 
 def intact_lines(path: Path) -> list[str]:

@@ -2105,6 +2105,23 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run(
         assert complaint in capsys.readouterr().err
 
 
+def test_a_run_that_is_still_going_on_is_not_resumed(finished, tmp_path, capsys):
+    folder = unfinished(finished, tmp_path / "run")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with A.held(folder):
+        assert A.main(["train", "--resume", str(folder)]) == 2
+        assert "still going on" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_folder_in_which_a_run_was_killed_at_once_can_be_used(tmp_path):
+    (tmp_path / ".probe").touch()
+    assert A.new_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(A.UsageError, match="holds files already"):
+        A.new_folder(str(tmp_path))
+
+
 def test_a_run_does_not_go_on_from_other_weights(finished, tmp_path, capsys):
     folder = unfinished(finished, tmp_path / "run")
     about = json.loads((folder / "config.json").read_text())
