@@ -1,7 +1,7 @@
 """The specification of astarpo.py. Read the names; each test is a sentence that must stay true.
 
 Properties (hypothesis) for the mathematics and the answer checker; tiny real models for the rest.
-Run with `pytest`; about a minute.
+Run with `pytest`; two to three minutes.
 """
 
 from __future__ import annotations
@@ -80,6 +80,13 @@ def base() -> A.Policy:
 @pytest.fixture(scope="session")
 def problems(base: A.Policy) -> list[A.Problem]:
     return A.load_problems("data/test.jsonl", 24, base, A.Config())
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw nothing, as that takes longer than all the rest, but where pictures are tested."""
+    if not {"drawn", "picture"} & set(request.node.name.split("_")):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 def copy_of(policy: A.Policy) -> A.Policy:
@@ -1513,7 +1520,7 @@ def read_lines(path: Path) -> list[dict]:
 def finished(tmp_path_factory) -> Path:
     """The folder of a short finished run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    A.train(quick(out=str(folder), seed=5))
+    A.train(quick(out=str(folder), seed=5, max_new_tokens=32))
     return folder
 
 
@@ -1535,8 +1542,8 @@ def test_a_run_folder_holds_what_the_readme_says(finished):
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tmp_path):
-    A.train(quick(out=str(tmp_path / "same"), seed=5))
-    A.train(quick(out=str(tmp_path / "other"), seed=6))
+    A.train(quick(out=str(tmp_path / "same"), seed=5, max_new_tokens=32))
+    A.train(quick(out=str(tmp_path / "other"), seed=6, max_new_tokens=32))
     runs = [read_lines(folder / "metrics.jsonl") for folder in (finished, tmp_path / "same")]
     for line in itertools.chain(*runs):
         line.pop("tokens_per_second")
@@ -1549,7 +1556,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, 
 
 def test_stage_one_can_be_reused_but_not_for_something_else(finished, tmp_path, capsys):
     file = str(finished / "v_star.jsonl")
-    A.train(quick(out=str(tmp_path / "a"), seed=5, v_star=file, steps=1))
+    A.train(quick(out=str(tmp_path / "a"), seed=5, max_new_tokens=32, v_star=file, steps=1))
     again = read_lines(tmp_path / "a" / "v_star.jsonl")
     assert again == read_lines(finished / "v_star.jsonl")
     assert read_lines(tmp_path / "a" / "metrics.jsonl")[0]["loss"] == pytest.approx(
@@ -1960,7 +1967,6 @@ def short_run(folder: Path) -> A.Config:
 def start_or_go_on(folder: Path) -> None:
     """In a child: the short run, from its beginning or from where it was killed."""
     A.STAGE_ONE_PART = 4
-    sys.modules["matplotlib"] = None  # drawing takes longer than all the rest
     if A.is_unfinished(folder):
         assert A.main(["train", "--resume", str(folder)]) == 0
     else:
@@ -2132,7 +2138,7 @@ def test_a_run_does_not_go_on_from_other_weights(finished, tmp_path, capsys):
 
 def test_a_run_that_goes_on_has_its_own_copy_of_a_given_stage_one(finished, tmp_path):
     given = Path(shutil.copy(finished / "v_star.jsonl", tmp_path / "given.jsonl"))
-    A.train(quick(out=str(tmp_path / "run"), seed=5, v_star=str(given)))
+    A.train(quick(out=str(tmp_path / "run"), seed=5, max_new_tokens=32, v_star=str(given)))
     folder = unfinished(tmp_path / "run", tmp_path / "again")
     given.unlink()
     assert A.main(["train", "--resume", str(folder)]) == 0
@@ -2333,7 +2339,6 @@ def test_a_run_of_two_processes_is_killed_and_resumed(parallel, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         A.save_state = save_and_die
-        sys.modules["matplotlib"] = None
         assert A.main(["train", *as_arguments(config)]) == 1  # the other one says so, and ends
 
     assert two_processes(die) == [0, -signal.SIGKILL]
