@@ -199,7 +199,7 @@ class Config:
     )
     compare: str = option("", "eval: a second model, or run, on the same problems")
     rollout_tokens: int = option(32768, "sampling: cells of key/value cache at a time", low=1)
-    update_tokens: int = option(1024, "update: tokens of one pass, with padding", low=1)
+    update_tokens: int = option(512, "update: tokens of one pass, with padding", low=1)
     gradient_checkpointing: bool = option(False, "compute activations twice, to save memory")
     lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", high=4096)
     parallel: str = option("ddp", "how torchrun's processes share", choices=("ddp", "fsdp"))
@@ -594,11 +594,11 @@ class Rows:
         return Rows(memory, logits, numbers, torch.zeros_like(numbers).long(), length, length > 0)
 
     def write(self, policy: Policy, temperature: float) -> None:
-        """Write all responses on, token by token, until a third of the rows have ended."""
+        """Write all responses on, token by token, until half of the rows have ended."""
         ends = torch.tensor(policy.end_ids, device=policy.device)
         longest = self.tokens.shape[1] - 1  # the last column is for what ended rows babble
         running = len(self.ended)
-        while running > 2 / 3 * len(self.ended):
+        while running > len(self.ended) / 2:
             place = self.length[:, None]  # (B, 1)
             u = self.numbers.gather(1, place)[:, 0]  # (B,)
             token = pick(self.logits, u, temperature, policy.top_p)  # (B,)
@@ -678,24 +678,22 @@ def astarpo_loss(
     return (beta2 * log_ratio - advantage).square().mean()
 
 
-def token_logps(
-    policy: Policy, ids: Tensor, mask: Tensor, scored: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """log pi of the scored tokens: ids, mask, scored (B, T) -> (M,), in row-major order."""
+def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
+    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row."""
     with policy.active(), recomputing(policy.model):
-        return method_of(policy.model, score_tokens)(ids, mask, scored, temperature)
+        return method_of(policy.model, score_tokens)(ids, scored, temperature)
 
 
-def score_tokens(
-    model: Any, ids: Tensor, mask: Tensor, scored: Tensor, temperature: float
-) -> Tensor:
+def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) -> Tensor:
     """What `token_logps` asks the model for. The logits at place t - 1 predict token t.
+
+    No mask is needed: attention looks back only, and the padding comes last.
 
     The large matrix product with the vocabulary is done for the scored places only, and in pieces
     whose float32 logits are thrown away and computed again in the backward pass: with 152,000
     words, all of them at once would not fit.
     """
-    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False)
     hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
     targets = ids[:, 1:][scored[:, 1:]]  # (M,)
     head = model.get_output_embeddings()
@@ -1000,8 +998,7 @@ class Batch:
     """Some dialogues as tensors; their turns, in order, are numbered 0..n-1."""
 
     ids: Tensor  # (B, T), padded on the right
-    mask: Tensor  # (B, T) True where there is a token
-    scored: Tensor  # (B, T) True where the policy chose it
+    scored: Tensor  # (B, T) True where the policy chose the token
     turn: Tensor  # (M,) the turn that each scored token belongs to
     reward: Tensor  # (n,)
     v_star: Tensor  # (n,)
@@ -1011,8 +1008,7 @@ def collate(dialogues: Sequence[Dialogue], v_star: Baselines, device: torch.devi
     """One forward pass scores all turns of a dialogue: later turns extend the same ids, so causal
     attention gives each token exactly the context that it was sampled in."""
     ids = pad_sequence([torch.tensor(d.ids) for d in dialogues], batch_first=True)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([len(d.ids) for d in dialogues])[:, None]
-    scored = torch.zeros_like(mask)
+    scored = torch.zeros_like(ids, dtype=torch.bool)
     turns, owner = [], []
     for row, dialogue in enumerate(dialogues):
         for turn in dialogue.turns:
@@ -1020,7 +1016,7 @@ def collate(dialogues: Sequence[Dialogue], v_star: Baselines, device: torch.devi
             owner += [len(turns)] * (turn.end - turn.start)
             turns.append((turn.reward, v_star[dialogue.problem.index, turn.role]))
     reward, value = torch.tensor(turns).unbind(1)
-    return Batch(*(t.to(device) for t in (ids, mask, scored, torch.tensor(owner), reward, value)))
+    return Batch(*(t.to(device) for t in (ids, scored, torch.tensor(owner), reward, value)))
 
 
 def accumulate(
@@ -1035,7 +1031,7 @@ def accumulate(
     seen: dict[str, float] = defaultdict(float)
     for chosen, weight in my_share(dialogues, config.update_tokens):
         batch = collate(chosen, v_star, policy.device)
-        inputs = (batch.ids, batch.mask, batch.scored, config.temperature)
+        inputs = (batch.ids, batch.scored, config.temperature)
         with torch.no_grad():
             ref_token_logp = token_logps(ref, *inputs)  # (M,)
         token_logp = token_logps(policy, *inputs)  # (M,)
@@ -1138,7 +1134,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     v_star, problems = first_stage(ref, problems, config, folder, mark, said)
     with policy.active():  # what LoRA has frozen is not learned
         learning = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=0.0, fused=True)
     history, evaluations = restore(folder, policy, optimizer, config)
     progress = Progress("stage 2", config.steps, len(history))
     with saved_at_the_end(policy, folder), (folder / "metrics.jsonl").open("a") as file:
@@ -3556,12 +3552,13 @@ def recomputing(model: Any) -> Iterator[None]:
     """--gradient-checkpointing, where a gradient will be wanted. transformers does it in training
     mode only, which would wake dropout as well: so only the layers' own flags are set, and only
     here (while sampling it would switch the cache off)."""
+    layers = blocks(model)
     try:
-        for layer in blocks(model):
+        for layer in layers:
             layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
         yield
     finally:
-        for layer in blocks(model):
+        for layer in layers:
             layer.training = False
 
 
@@ -3917,7 +3914,7 @@ def bench_step(
 ) -> dict[str, float]:
     """Seconds of one step of stage 2 and of its parts. The weights stay: the learning rate is 0."""
     config = dataclasses.replace(config, lr=0.0)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
     v_star: Baselines = defaultdict(lambda: 0.5)
     chosen = batch_of_step(problems, 0, config.batch_size, config.seed)
     dialogues = rollout(policy, chosen, config, 1, range(len(chosen)))
@@ -3927,7 +3924,7 @@ def bench_step(
     def score(model: Policy, backward: bool = False) -> None:
         for batch in batches:
             with torch.set_grad_enabled(model is policy):
-                logps = token_logps(model, batch.ids, batch.mask, batch.scored)
+                logps = token_logps(model, batch.ids, batch.scored)
             if backward:
                 logps.sum().backward()
 
@@ -3961,7 +3958,7 @@ def bench_step(
     head = policy.model.get_output_embeddings().weight
     inner = sum(p.numel() for p in policy.model.get_decoder().parameters() if p.ndim == 2)
     inner -= policy.model.get_input_embeddings().weight.numel()
-    read = sum(int(batch.mask.sum()) for batch in batches)
+    read = sum(len(dialogue.ids) for dialogue in dialogues)
     scored = sum(int(batch.scored.sum()) for batch in batches)
     products = 2 * (inner * read + head.numel() * scored)  # of one forward pass
     found["matmul_flops_per_s"] = 2 * 1024**3 / found.pop("matmul")

@@ -236,7 +236,7 @@ def test_log_probabilities_of_a_padded_batch_are_those_of_each_row_alone(base):
     ids, mask = right_padded(rows)
     scored = mask.clone()
     scored[:, :3] = False  # a prompt of three tokens
-    together = A.token_logps(base, ids, mask, scored, 0.7).detach()
+    together = A.token_logps(base, ids, scored, 0.7).detach()
     by_hand = []
     for row in rows:
         logits = base.model(torch.tensor([row])).logits[0].detach() / 0.7
@@ -251,7 +251,7 @@ def test_a_long_vocabulary_is_scored_in_pieces_with_the_same_gradients(base, mon
     for cells in (2**26, 2**11):  # one piece; pieces of a few tokens
         policy = copy_of(base)
         monkeypatch.setattr(A, "LOGIT_CELLS", cells)
-        logps = A.token_logps(policy, ids, mask, mask)
+        logps = A.token_logps(policy, ids, mask)
         logps.sum().backward()
         results.append((logps.detach(), policy.model.get_output_embeddings().weight.grad))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
@@ -263,7 +263,7 @@ def test_with_dropout_in_the_model_the_first_log_ratio_is_still_zero(tmp_path, b
     policy = A.load_policy(A.Config(model=str(folder), threads=1))
     assert policy.model.config.resid_pdrop > 0
     ids, mask = right_padded([list(range(5, 30))])
-    pair = [A.token_logps(p, ids, mask, mask) for p in (policy, A.freeze(policy))]
+    pair = [A.token_logps(p, ids, mask) for p in (policy, A.freeze(policy))]
     assert torch.equal(*pair)
 
 
@@ -1458,10 +1458,10 @@ def test_the_first_update_raises_what_was_good_and_lowers_what_was_bad(base, pro
         d.turns[0].reward = reward
     v_star = {(d.problem.index, role): 0.5 for d in dialogues for role in A.ROLES}
     batch = A.collate(dialogues, v_star, base.device)
-    score = [A.token_logps(policy, batch.ids, batch.mask, batch.scored).detach()]
+    score = [A.token_logps(policy, batch.ids, batch.scored).detach()]
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-4, weight_decay=0.0)
     seen = A.update(policy, base, optimizer, dialogues, v_star, config)
-    score.append(A.token_logps(policy, batch.ids, batch.mask, batch.scored).detach())
+    score.append(A.token_logps(policy, batch.ids, batch.scored).detach())
     change = torch.zeros(len(dialogues)).index_add(0, batch.turn, score[1] - score[0])
     assert change[::2].mean() > 0 > change[1::2].mean()
     assert seen["loss"] == pytest.approx(0.25) and seen["kl"] == pytest.approx(0, abs=1e-4)
@@ -1476,7 +1476,7 @@ def test_loss_and_kl_are_measured_against_the_reference(base, problems):
     dialogues = A.rollout(policy, problems, config, 1)
     v_star = {(d.problem.index, "solve"): 0.5 for d in dialogues}
     batch = A.collate(dialogues, v_star, base.device)
-    inputs = (batch.ids, batch.mask, batch.scored)
+    inputs = (batch.ids, batch.scored)
     gaps = (A.token_logps(policy, *inputs) - A.token_logps(base, *inputs)).detach()
     ratio = torch.zeros(len(dialogues)).index_add(0, batch.turn, gaps)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
@@ -2198,7 +2198,7 @@ def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, probl
     plain.model.load_adapter(str(tmp_path / "run" / "checkpoint"))
     dialogues = A.rollout(base, problems[:3], config, 1)
     batch = A.collate(dialogues, dict.fromkeys(keys(dialogues), 0.5), base.device)
-    inputs = (batch.ids, batch.mask, batch.scored)
+    inputs = (batch.ids, batch.scored)
     with torch.no_grad():
         untouched = A.token_logps(base, *inputs)
         learned = A.token_logps(plain, *inputs)
