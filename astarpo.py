@@ -927,11 +927,18 @@ def rollout(
     temperature = config.temperature if temperature is None else temperature
     samples = itertools.repeat(0) if samples is None else samples
     prompts = {problem: policy.prompt_ids(problem) for problem in set(problems)}
-    dialogues = [Dialogue(p, [*prompts[p]], sample=sample) for p, sample in zip(problems, samples)]
-    mine = deal(dialogues)
+    mine = deal([*zip(problems, samples)])
+    turns = 1 + 2 * config.revisions
     with gathered(policy.model):
-        play(policy, mine, 1 + 2 * config.revisions, config, step, temperature, progress)
-    return collect(mine, len(dialogues))
+        while True:
+            dialogues = [Dialogue(p, [*prompts[p]], sample=sample) for p, sample in mine]
+            try:
+                play(policy, dialogues, turns, config, step, temperature, progress)
+                break
+            except torch.OutOfMemoryError:  # from the start again: the numbers u are the same
+                least = config.max_prompt_tokens + turns * config.max_new_tokens
+                halve(config, "rollout_tokens", least)
+    return collect(dialogues, len(problems))
 
 
 # --- 10. Training ---------------------------------------------------------------------------------
@@ -1064,7 +1071,10 @@ def update(
             break
         except torch.OutOfMemoryError:
             optimizer.zero_grad(set_to_none=True)
-            halve_micro_batches(dialogues, config)
+            # Several processes must all cut alike, and only this one knows.
+            alone = world()[1] == 1
+            longest = max(len(dialogue.ids) for dialogue in dialogues)
+            halve(config, "update_tokens", longest if alone else config.update_tokens)
     seen = sum_over_processes(policy.model, seen)
     seen["entropy"] /= seen.pop("tokens")
     policy.scaler.unscale_(optimizer)
@@ -3562,17 +3572,18 @@ def recomputing(model: Any) -> Iterator[None]:
             layer.training = False
 
 
-def halve_micro_batches(dialogues: Sequence[Dialogue], config: Config) -> None:
-    """After running out of memory. Raises RunError where that does not help."""
-    longest = max(len(dialogue.ids) for dialogue in dialogues)
-    if world()[1] > 1 or config.update_tokens <= longest:
-        raise RunError(
-            f"out of memory in an update of {config.update_tokens} tokens at a time: try a lower "
-            "--update-tokens, --gradient-checkpointing, --lora 32, or shorter responses"
-        )
-    config.update_tokens = max(longest, config.update_tokens // 2)
+def halve(config: Config, option: str, least: int) -> None:
+    """Out of memory: from here on half as many tokens at a time, but at least so many. Raises
+    RunError where that does not help."""
+    tokens, flag = getattr(config, option), "--" + option.replace("_", "-")
     torch.cuda.empty_cache()
-    print(f"out of memory: from here on --update-tokens is {config.update_tokens}")
+    if tokens <= least:
+        raise RunError(
+            f"out of memory with {flag} {tokens}: try a lower one, --gradient-checkpointing, "
+            "--lora 32, or shorter responses"
+        )
+    setattr(config, option, max(least, tokens // 2))
+    print(f"out of memory: from here on {flag} is {getattr(config, option)}")
 
 
 def world() -> tuple[int, int]:
@@ -3585,6 +3596,10 @@ def join_processes(device: str) -> None:
     """Under torchrun: meet the other processes. Only the first one prints."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
+    if ":" in device:
+        raise UsageError(
+            f"under torchrun each process takes a GPU of its own: not --device {device}"
+        )
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -4026,6 +4041,10 @@ EVAL_OPTIONS = (
     "dtype", "threads",
 )  # fmt: skip
 EVAL_ONLY = ("samples", "top_p", "compare")
+SOLVE_OPTIONS = (
+    "model", "seed", "revisions", "max_prompt_tokens", "max_new_tokens", "temperature", "device",
+    "dtype", "threads",
+)  # fmt: skip
 BENCH_OPTIONS = (
     "model", "train_data", "seed", "train_limit", "batch_size", "num_samples", "revisions",
     "max_prompt_tokens", "max_new_tokens", "rollout_tokens", "update_tokens",
@@ -4118,7 +4137,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
     solving.add_argument("problem", help="the problem's text, in quotes")
     add_options(evaluation, EVAL_OPTIONS + EVAL_ONLY, EVAL_DEFAULTS)
-    add_options(solving, EVAL_OPTIONS, EVAL_DEFAULTS)
+    add_options(solving, SOLVE_OPTIONS, EVAL_DEFAULTS)
     plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
     plotting.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     plotting.add_argument("--out", default="dashboard.png", help="file (default: %(default)s)")
@@ -4205,7 +4224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(f"\nastarpo: {message}", file=sys.stderr)
+    if status == 1 or os.environ.get("RANK", "0") == "0":  # bad input is seen by all processes
+        print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 
 

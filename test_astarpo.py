@@ -2277,6 +2277,26 @@ def test_out_of_memory_the_micro_batches_are_halved_and_the_step_is_repeated(
         A.update(policy, base, optimizer, dialogues, v_star, config)
 
 
+def test_out_of_memory_while_sampling_fewer_dialogues_are_played_at_a_time(base, problems, capsys):
+    config = A.Config(max_new_tokens=16, max_prompt_tokens=32)
+    expected = A.rollout(base, problems[:8], config, 1)
+
+    def small_card(_: object, args: tuple, kwargs: dict) -> None:
+        if kwargs["input_ids"].numel() > 60:
+            raise torch.OutOfMemoryError("more than this card has")
+
+    policy = copy_of(base)
+    policy.model.model.register_forward_pre_hook(small_card, with_kwargs=True)
+    again = A.rollout(policy, problems[:8], config, 1)
+    assert [(d.ids, d.turns) for d in again] == [(d.ids, d.turns) for d in expected]
+    assert config.rollout_tokens < 2000 and "--rollout-tokens" in capsys.readouterr().out
+    policy.model.model.register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no card at all"))
+    )
+    with pytest.raises(A.RunError, match="--rollout-tokens"):
+        A.rollout(policy, problems[:8], config, 1)
+
+
 def two_processes(work: Callable[[], object]) -> list[int]:
     """Run `work` in two forked processes that know of each other; their exit statuses."""
     with socket.socket() as free:
