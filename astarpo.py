@@ -6,7 +6,8 @@ model how to solve anything; it tries, is told right or wrong, and changes. Two 
 simple enough for one file:
 
 * A*-PO ("Accelerating RL for LLM Reasoning with Optimal Advantage Regression", arXiv 2505.20686)
-  turns reinforcement learning into least squares. No critic, no groups of samples, no clipping.
+  turns reinforcement learning into least squares. No critic, no group of samples at each step, no
+  clipped ratio.
 * PAG ("PAG: Multi-Turn Reinforced LLM Self-Correction with Policy as Generative Verifier",
   arXiv 2506.10406) lets the same model solve, then check itself, and revise only if its own check
   says that the answer is wrong.
@@ -26,29 +27,31 @@ pi* cannot be computed (the sum runs over all responses), but take the logarithm
 
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
-The right side is the *optimal advantage*: how much better this response is than V*(x), the most
-that (1) can reach, its price included. (That is the A* in the name. It has nothing to do with A*
-search.) The left side is something that our policy can compute for any response. So A*-PO is two
-stages:
+The right side is the *optimal advantage*: the reward of this response less V*(x), the value of (1)
+for the best policy. (That is the A* in the name. It has nothing to do with A* search.) V*(x) is an
+average, less the price, so a response can lie above it or below. The left side is something that
+our policy can compute for any response, with itself in the place of pi*. So A*-PO is two
+stages (V^* below is our estimate of V*, a V with a hat; why its beta1 is not the beta2 of the loss,
+section 8 says):
 
-  Stage 1, once, offline: N = 8 responses a problem from pi_ref, and from their rewards
+  Stage 1, once, offline: N = 8 responses per problem from pi_ref, and from their rewards
   (5)  V^*(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
-  Stage 2, on-policy: ONE response y a problem from the present policy, and a step down the square
+  Stage 2, on-policy: ONE response y per problem from the present policy, and a step down the square
   (6)  loss = ( beta2 * log( pi(y|x) / pi_ref(y|x) )  -  ( r(x, y) - V^*(x) ) )^2,   beta2 = 0.001
 
 PAG plays a dialogue with the same model, and A*-PO trains each of its turns as a response:
 
   turn 1, solve :  reward 1 if the answer is right
   turn 2, verify:  reward 1 if the verdict, "The answer is correct." or "... wrong.", is true
-  turn 3, revise:  only after the verdict "wrong";  reward acc2 + alpha * (acc2 - acc1),  alpha = 1
+  turn 3, revise:  unless the verdict was "correct";  reward acc2 + alpha * (acc2 - acc1), alpha = 1
 
 THE SYMBOLS.  Each equation has one place in the code, with the same letters:
 
   paper            here                      where
   x, y             problem, response         Problem, Turn
-  r(x, y)          reward                    verify(), dialogue_rewards()
+  r(x, y)          reward                    is_equiv(), dialogue_rewards()
   pi, pi_ref       policy, ref               load_policy(), freeze()
-  log pi(y|x)      logp, ref_logp            token_logps(), update()
+  log pi(y|x)      logp, ref_logp            token_logps(), accumulate()
   V^*(x), (5)      v_star                    estimate_v_star()
   (6)              loss                      astarpo_loss()
   beta1, beta2     beta1, beta2              Config
@@ -146,10 +149,10 @@ HERE = Path(__file__).resolve().parent
 # ==================================================================================================
 
 # --- 1. The options -------------------------------------------------------------------------------
-# Every number that a run depends on is a field of Config: the command line, its help and a run's
-# config.json are all made from this one list. Where the papers give a value, it is the default. The
-# exceptions are the sizes (steps, batch, lengths, learning rate), which fit the small base model
-# that comes with this file (the README gives those for a real one), and `minibatches`.
+# A run's options are the fields of Config: the command line, its help and config.json are all made
+# from this one list. beta1, beta2, N and alpha are the papers'. The sizes (steps, batch, lengths,
+# learning rate), `minibatches` and how to evaluate fit the small base model that comes with this
+# file; the presets in Part II, L have the values for a real one.
 
 
 def option(
@@ -194,11 +197,11 @@ class Config:
     save_every: int = option(10, "keep a state to resume from every so many steps (0: never)")
     log_to: str = option("none", "send the metrics to", choices=("none", "tensorboard", "wandb"))
     samples: int = option(1, "eval: dialogues a problem (K)", low=1)
-    top_p: float = option(
-        1.0, "eval: sample from the likeliest tokens that hold this share", 1e-6, 1
-    )
+    top_p: float = option(1.0, "eval: sample from the likeliest tokens, of this share", 1e-6, 1)
     compare: str = option("", "eval: a second model, or run, on the same problems")
-    rollout_tokens: int = option(32768, "sampling: cells of key/value cache at a time", low=1)
+    rollout_tokens: int = option(
+        32768, "sampling: tokens in the key/value cache at a time, about", low=1
+    )
     update_tokens: int = option(512, "update: tokens of one pass, with padding", low=1)
     gradient_checkpointing: bool = option(False, "compute activations twice, to save memory")
     lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", high=4096)
@@ -227,7 +230,7 @@ class Problem:
 
 
 def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
-    """The `size` problems of update `step` (from 0), walking through reshuffled epochs.
+    """The `size` problems of `step` (from 0), walking through reshuffled epochs.
 
     >>> [p.index for p in batch_of_step([Problem(i, "", "") for i in range(3)], 1, 2, seed=0)]
     [1, 2]
@@ -238,24 +241,18 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
     return [problems[order[place // n][place % n]] for place in places]
 
 
-# --- 3. Answers: what did the model say, and is it what the book says? -----------------------------
-# The reward is 1 when the final answer of a sample means the same as the gold answer, else 0.
-# The two possible mistakes do not weigh the same. A false reject wastes one sample. A false
-# accept pays for something wrong, and a policy finds such a leak and drinks from it until that
-# is all it does. So wherever we do not understand a text, or would have to choose between two
-# readings (is 1/2x the half of x?), the answer is an honest False.
+# --- 3. Answers: what did the model say, and is it what the book says? ----------------------------
+# The reward is 1 when the final answer of a sample means the same as the gold answer, else 0. The
+# two possible mistakes do not weigh the same. A false reject wastes one sample. A false accept pays
+# for something wrong, and a policy that finds such a leak soon does nothing else. So wherever we do
+# not understand a text, or would have to choose between two readings (is 1/2x the half of x?), the
+# answer is an honest False.
 #
 # Meanings are compared without a computer-algebra system: first structure (tuple against tuple, set
 # against set), then values. Rational values are exact. Roots, pi and their friends carry more than
 # twice as many digits as the answers have characters, so no 1.41421356... passes for sqrt(2). Each
 # variable gets random numbers of both signs, seeded by the two texts: that two different formulas
 # agree at all of them is as good as impossible (Schwartz and Zippel).
-#
-# Promised: fractions, decimals, roots, powers, i, trigonometric and logarithmic values, algebra,
-# equations with terms moved across, inequalities as intervals, tuples, sets, lists, unions,
-# plus-minus, matrices, numbers in a base, words. Units, percent, degree and currency signs are
-# decoration. Deliberately not: tolerances (0.33 is not 1/3), unit conversion (5 cm and 5 m are
-# both 5), prose, calculus, factorials, |x|, merging of intervals, tuples as column vectors.
 #
 # Model output is hostile text. Limits bound every loop: whatever the text, a comparison takes
 # milliseconds, without eval, timer or thread.
@@ -310,6 +307,7 @@ def is_equiv(predicted: str | None, gold: str | None) -> bool:
     a, b = sorted((normalize_answer(predicted), normalize_answer(gold)))
     if max(len(a), len(b)) > MAX_ANSWER or not a.strip('"') or not b.strip('"'):
         return False
+    # A normalized answer has its words in "quotes"; the quotes alone are no difference.
     if a.replace('"', "") == b.replace('"', ""):
         return True
     try:
@@ -320,12 +318,15 @@ def is_equiv(predicted: str | None, gold: str | None) -> bool:
 
 # --- 4. Rewards -----------------------------------------------------------------------------------
 # The reward is all that the policy is ever told, so it should say exactly what we want and nothing
-# that can be had more cheaply. For A*-PO it is 1 for a right final answer and 0 for anything else: no
-# partial credit, no bonus for style or length. (PAG's other two rewards come with it, in section 9.)
+# that can be had more cheaply. For A*-PO it is 1 for a right final answer and 0 for anything else:
+# no partial credit, no bonus for style or length. (PAG's other two rewards: section 9.)
 
 
 def verify(text: str | None, gold: str | None) -> bool:
-    r"""Say whether the final answer of `text` equals `gold`: the reward of a sample.
+    r"""Say whether the final answer of `text` equals `gold`: r(x, y) in one call.
+
+    (Training keeps the extracted answer, so it makes the two calls itself, in `end_turns`. PAG's
+    verify turn, in which the model judges itself, is something else.)
 
     >>> verify(r"Step by step: 282 + 1410 = \boxed{1692}", "1692"), verify("1692", "1692")
     (True, False)
@@ -340,11 +341,15 @@ def verify(text: str | None, gold: str | None) -> bool:
 # conversation as one text with markers in it, written by the tokenizer's chat template:
 #
 #     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the math ...
-#      \--------- prompt --------------------------/\----- y1 -----/\--- bridge ------ ...
+#     \---------- prompt --------------------------/\----- y1 -----/\--- bridge ------ ...
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
 # between two responses the ids of the markers and of our next request: the *bridge*.
+#
+# `load_policy` (Part II, B) makes a Policy of a model's folder. The model stays in eval mode for
+# ever, also while it learns: dropout would make log pi differ from log pi_ref before the first
+# update, and (6) is a statement about exactly that difference.
 
 # The requests, after those in PAG's appendix. They are all that we ever say to the model.
 SOLVE_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -370,10 +375,10 @@ class Policy:
     dtype: torch.dtype  # what the matrix products are computed in
     top_p: float = 1.0  # evaluation may sample from the likeliest tokens alone; training may not
     adapters: bool | None = None  # LoRA: does this policy use them? None: there are none
-    scaler: torch.amp.GradScaler = field(
+    scaler: torch.amp.GradScaler = field(  # of the loss, for float16 only
         default_factory=lambda: torch.amp.GradScaler(enabled=False)
     )
-    step: Any = field(default=None, init=False)  # reads one token a row; made when first needed
+    step: Any = field(default=None, init=False)  # the recorded step (Part II, K), when there is one
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -407,49 +412,6 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def bridge_text(tokenizer: Any, request: str) -> str:
-    """What the template writes after a response and before the next one, found with a stand-in.
-
-    Raises UsageError for a template that changes what was said before (some drop a model's earlier
-    thoughts): the policy would then be scored on a text that it did not write.
-    """
-    question = {"role": "user", "content": "Q"}
-    said = "<think>\nhm\n</think>\n\nA"
-    asked = [question, {"role": "assistant", "content": said}, {"role": "user", "content": request}]
-    before, after = render(tokenizer, [question]) + said, render(tokenizer, asked)
-    if not after.startswith(before):
-        raise UsageError(
-            "this model's chat template rewrites earlier turns, so later turns cannot extend the "
-            "same tokens; give the tokenizer another chat_template, or use --revisions 0"
-        )
-    return after[len(before) :]
-
-
-def load_policy(config: Config) -> Policy:
-    """Load any causal language model of the Hugging Face format, ready to be trained.
-
-    The model stays in eval mode for ever, also while it learns: dropout would make log pi differ
-    from log pi_ref before the first update, and (6) is a statement about exactly that difference.
-    """
-    device, dtype = choose_device(config.device, config.dtype)
-    model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
-    set_threads(config.threads, model)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
-    print(f"{torch.get_num_threads()} CPU thread(s)")
-    ends = model.generation_config.eos_token_id
-    ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
-    ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
-    policy = Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
-    half = dtype == torch.float16
-    policy.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
-    if config.lora:
-        add_adapters(policy, config.lora, config.seed)
-    if config.gradient_checkpointing:
-        policy.model.activation_checkpointing_enable({"use_reentrant": False})
-    return policy
-
-
 def freeze(policy: Policy) -> Policy:
     """The reference pi_ref: the policy as it is now, copied, never to change. With LoRA it is the
     same weights with the adapters off, and no second copy exists."""
@@ -460,12 +422,13 @@ def freeze(policy: Policy) -> Policy:
 
 # --- 6. Sampling ----------------------------------------------------------------------------------
 # A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
-# or top-p: equation (6) speaks about the policy itself, not about a sharpened cousin of it. It is
-# also where the time goes. Four things make it fast, each of them exact:
+# or top-p: equation (6) speaks about the policy itself, not about a sharpened cousin of it. (With
+# --temperature T, pi and pi_ref both mean the model at T, here and in section 8.) It is also where
+# the time goes. Four things make it fast, each of them exact:
 #
 # * a *cache* of keys and values, so that each new token costs one token's work. A dialogue of
 #   several turns (section 9) keeps its cache: a turn reads the bridge, not everything again;
-# * many rows at once, and all of them busy. Responses differ a lot in length, and a batch that
+# * many rows at once, and most of them busy. Responses differ a lot in length, and a batch that
 #   waits for its longest one is nearly empty for most of the time. Here a dialogue whose turn has
 #   ended goes on with its next one, or makes room for another dialogue (`play` in section 9). So
 #   the rows differ in length and in turn. The cache has holes, a mask says which cells are real,
@@ -473,9 +436,11 @@ def freeze(policy: Policy) -> Policy:
 # * what several rows have in common is read once: stage 1 asks each problem N times;
 # * the step from token to token is recorded, and repeated without Python.
 #
-# Part II, K has the mechanics: `left_pad`, `join_rows`, `join_memories`, `record`.
+# Part II, K has the mechanics: `left_pad`, `join_rows`, `join_memories`, `record`. And for the
+# rest of this lesson: where one process works alone, `deal`, `collect`, `gathered` and their like
+# (Part II, J) hand on what they are given.
 #
-# Randomness is a pure function. The token at one place of one turn of one sample of one problem is
+# No random state is kept. The token at one place of one turn of one sample of one problem is
 # chosen by a number u in [0, 1) hashed from exactly those counters. So the order of batches does
 # not matter, no generator state needs to be saved, and a run can be repeated to the last digit.
 
@@ -540,7 +505,9 @@ class Memory:
                 use_cache=True,
                 logits_to_keep=1,  # (B, 1, V): while reading only the last place matters
             ).logits
-        self.cells = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        # Rotating the keys makes them float32 under autocast; attention would round them each time.
+        both = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+        self.cells = [tensor.to(policy.dtype) for tensor in both]
         self.used = self.mask.shape[1]
         return logits[:, -1].float()
 
@@ -591,12 +558,13 @@ class Rows:
             logits = memory.read(policy, *left_pad(unread, policy.device))
         numbers = torch.from_numpy(u).to(policy.device)
         length = torch.zeros(len(u), dtype=torch.long, device=policy.device)
-        return Rows(memory, logits, numbers, torch.zeros_like(numbers).long(), length, length > 0)
+        return Rows(memory, logits, numbers, torch.zeros_like(numbers).long(), length, length < 0)
 
     def write(self, policy: Policy, temperature: float) -> None:
-        """Write all responses on, token by token, until half of the rows have ended."""
+        """Write all responses on, token by token, until half of the rows have ended (and not the
+        first one only: to exchange rows costs a copy of the cache)."""
         ends = torch.tensor(policy.end_ids, device=policy.device)
-        longest = self.tokens.shape[1] - 1  # the last column is for what ended rows babble
+        longest = self.tokens.shape[1] - 1  # an ended row babbles on, one place behind its end
         running = len(self.ended)
         while running > len(self.ended) / 2:
             place = self.length[:, None]  # (B, 1)
@@ -618,9 +586,10 @@ class Rows:
 # --- 7. V*: how good could the best policy be? ----------------------------------------------------
 # Equation (3) asks for the mean of exp(r/beta) over responses of the reference; N samples of it
 # give (5). Look at what kind of mean that is. For beta1 -> infinity it is the plain mean of the
-# rewards, for beta1 -> 0 their maximum, and in between, at 0.5, one right answer in eight
-# says V^* = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
-# would choose that response far more often than the reference does.
+# rewards, for beta1 -> 0 their maximum, and in between, at 0.5, one right answer in eight gives
+# V^* = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
+# would choose that response far more often than the reference does. (The logarithm is concave, so
+# on average (5) is a little too low: its bias.)
 
 
 def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
@@ -639,26 +608,23 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 
 # --- 8. The loss: regression on the optimal advantage ---------------------------------------------
 # Equation (6), once more: make beta2 * log(pi/pi_ref) equal to r - V^*. Everything else in this
-# file serves these two lines of code.
+# file serves the three lines of `astarpo_loss`.
 #
 # What does V^* do here? Take the gradient of (6) for a response that the policy drew itself,
 #     2 * beta2 * ( beta2 * log(pi/pi_ref) - r + V^* ) * grad log pi(y|x),
 # and average over y ~ pi. V^* does not depend on y, and the average of grad log pi is zero: V^*
 # drops out. What is left is -2 * beta2 times the gradient of (1) with beta = beta2: on-policy the
-# regression is a policy gradient, and V^* its *baseline*. Any V that ignores the tokens it is
-# subtracted for leaves the same optimum, pi_ref * exp(r/beta2) / Z; a good one takes variance away:
-# near pi_ref, a response with r = V^* teaches nothing. That is why beta1 may differ from beta2, why
-# the bias of (5) with N = 8 does no harm, and why a value pooled over problems can stand in for a
-# missing one. It would NOT be so off-policy: fit (6) to a fixed set of responses and a wrong V
-# gives a wrong policy. The tests show both on a policy so small that all its responses can be
-# listed.
+# regression is a policy gradient, and V^* its *baseline*. Any V that does not depend on y leaves
+# the same optimum, pi_ref * exp(r/beta2) / Z; a good one takes variance away: a problem that the
+# reference always solves, or never, has r = V^* and teaches nothing at first. That is why beta1 may
+# differ from beta2, why the bias of (5) with N = 8 does no harm, and why a value pooled over
+# problems can stand in for a missing one. It would NOT be so off-policy: fit (6) to a fixed set of
+# responses and a wrong V gives a wrong policy. The tests show both on a policy so small that all
+# its responses can be listed.
 #
 # The log-probability of a response is the sum over its tokens, up to and including the token that
 # ends it. The sum, not the mean: (6) speaks of pi(y|x). What we said to the model (prompts,
 # bridges, padding) is no choice of the policy and never enters.
-
-
-LOGIT_CELLS = 2**26  # float32 logits held at a time: 256 MB
 
 
 def astarpo_loss(
@@ -674,8 +640,11 @@ def astarpo_loss(
     0.25
     """
     log_ratio = logp - ref_logp  # (B,) log pi(y|x) / pi_ref(y|x)
-    advantage = reward - v_star  # (B,) A*(x, y), estimated
+    advantage = reward - v_star  # (B,) A*(x, y), estimated at beta1
     return (beta2 * log_ratio - advantage).square().mean()
+
+
+LOGIT_CELLS = 2**26  # float32 logits at a time: 256 MiB a copy
 
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
@@ -691,7 +660,7 @@ def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) ->
 
     The large matrix product with the vocabulary is done for the scored places only, and in pieces
     whose float32 logits are thrown away and computed again in the backward pass: with 152,000
-    words, all of them at once would not fit.
+    words, they would not all fit at once.
     """
     hidden = model.get_decoder()(input_ids=ids, use_cache=False)
     hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
@@ -711,20 +680,20 @@ def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) ->
 
 # --- 9. PAG: solve, verify, revise ----------------------------------------------------------------
 # So far a response was all that happened to a problem. PAG makes a dialogue of up to three turns,
-# all played by the same policy: it solves; we ask it to check its solution; if its verdict is
-# "wrong" we ask it to try again. The "if" matters: a model that is always asked to revise learns to
-# give its best answer at once and then to repeat it (the *collapse* that the paper describes); one
-# that revises only what it has judged wrong must learn to judge.
+# all played by the same policy: it solves; we ask it to check its solution; unless its verdict is
+# "correct" we ask it to try again. The "unless" matters: a model that is always asked to revise
+# learns to give its best answer at once and then to repeat it (the *collapse* that the paper
+# describes); one that revises only what it has judged wrong must learn to judge.
 #
 # For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward
-# is its own (`dialogue_rewards`). Its V^* is that of the problem and its *role*: to solve and to judge earn
-# different rewards on average. (The dialogue so far would have a V* of its own, but nobody has N
-# samples of it. It was fixed before the turn began, so section 8 holds with the coarser value too.)
+# is its own (`dialogue_rewards`). Its V^* is that of the problem and its *role*: to solve and to
+# judge earn different rewards on average. (The dialogue so far would have a V* of its own, but
+# nobody has N samples of it. Ours, too, is fixed before the turn begins, so section 8 holds.)
 ROLES = ("solve", "verify", "revise")
 
 # What a check says is read off its last sentence only, and only in the words that the prompt asks
-# for ("So" may come before them). A check that wanders on after its verdict, or hedges it, has given
-# none: None earns no reward and counts as a miss.
+# for ("So" may come before them). A check that wanders on after its verdict, or hedges it, has
+# given none: None earns no reward and counts as a miss.
 VERDICT = re.compile(
     r"""(?:^|[.!?\n])[\s*"']*(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
     r"""the answer is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"']*$""",
@@ -764,7 +733,7 @@ def dialogue_rewards(
 
 @dataclass
 class Turn:
-    """One response: tokens start..end of its dialogue's ids, and what was read off its text."""
+    """One response: its dialogue's ids[start:end], and what was read off its text."""
 
     role: str
     start: int
@@ -805,12 +774,9 @@ class Dialogue:
             turn.reward = reward
 
 
-def next_role(dialogue: Dialogue, turns: int) -> str | None:
-    """What comes next in a dialogue of at most so many turns; None if it is over.
-
-    Without a verdict a dialogue goes on to a revision, as if the verdict were "wrong", here and in
-    evaluation alike.
-    """
+def next_role(dialogue: Dialogue, turns: float = math.inf) -> str | None:
+    """What comes next in a dialogue of at most so many turns; None if it is over. A check without
+    a verdict leads to a revision, like "wrong", in training and in evaluation."""
     done = len(dialogue.turns)
     if done >= turns or (done > 0 and dialogue.turns[-1].verdict is True):
         return None
@@ -826,7 +792,7 @@ def begin_turns(
 ) -> Rows:
     """Say what comes before each dialogue's next response, and let the model read it."""
     for dialogue in dialogues:
-        role = next_role(dialogue, sys.maxsize)
+        role = next_role(dialogue)
         if role != "solve":
             request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
             dialogue.ids += policy.bridge_ids(request, ended=dialogue.turns[-1].ended)
@@ -846,7 +812,7 @@ def end_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[lis
         start = len(dialogue.ids)
         dialogue.ids += response
         dialogue.read = len(dialogue.ids) - 1
-        role = next_role(dialogue, sys.maxsize)
+        role = next_role(dialogue)  # of the turn that is yet to be appended
         turn = Turn(role, start, len(dialogue.ids), text, response[-1] in policy.end_ids)
         if role == "verify":
             turn.verdict = parse_judgment(text)
@@ -868,14 +834,14 @@ def play(
 ) -> None:
     """Play dialogues to their end, as many at a time as the cells allow, and pay them.
 
-    When some rows have ended, their dialogues go on with their next turn, or are over and leave
-    their places to new ones. So the rows are in different turns, and all of them are busy.
+    When half of the rows have ended, their dialogues go on with their next turn, or are over and
+    leave their places to new ones. So the rows are in different turns, and most of them are busy.
     """
 
-    def limit(dialogue: Dialogue) -> int:
+    def limit(dialogue: Dialogue) -> int:  # roughly: without bridges and free cells
         return len(dialogue.ids) + (turns - len(dialogue.turns)) * config.max_new_tokens
 
-    waiting = deque(sorted(dialogues, key=limit, reverse=True))
+    waiting = deque(sorted(dialogues, key=limit, reverse=True))  # so the next is the widest
     playing: list[Dialogue] = []
     rows: Any = None  # their rows, in their order
     while waiting or playing:
@@ -897,7 +863,7 @@ def play(
                 begun = begin_turns(policy, playing[len(busy) :], memory, config, step)
                 parts.append((begun, [*range(len(again))]))
         widest = max(map(limit, [*playing, *itertools.islice(waiting, 1)]), default=1)
-        room = max(config.rollout_tokens // widest - len(playing), not playing)
+        room = max(config.rollout_tokens // widest - len(playing), not playing)  # at least one
         fresh = [waiting.popleft() for _ in range(min(room, len(waiting)))]
         if fresh:
             parts.append((begin_turns(policy, fresh, None, config, step), [*range(len(fresh))]))
@@ -920,7 +886,7 @@ def rollout(
 ) -> list[Dialogue]:
     """Dialogues about all problems, in their order.
 
-    step: which rollout this is, for the random numbers (0: stage 1; k: update k; -1: evaluation);
+    step: which rollout this is, for the random numbers (0: stage 1; k: step k; -1: evaluation);
     samples[i] numbers repeated dialogues about one problem. With several processes each plays its
     share, and all get all.
     """
@@ -928,16 +894,19 @@ def rollout(
     samples = itertools.repeat(0) if samples is None else samples
     prompts = {problem: policy.prompt_ids(problem) for problem in set(problems)}
     mine = deal([*zip(problems, samples)])
-    turns = 1 + 2 * config.revisions
+    turns, done = 1 + 2 * config.revisions, progress.done if progress else 0
     with gathered(policy.model):
         while True:
             dialogues = [Dialogue(p, [*prompts[p]], sample=sample) for p, sample in mine]
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 play(policy, dialogues, turns, config, step, temperature, progress)
                 break
-            except torch.OutOfMemoryError:  # from the start again: the numbers u are the same
-                least = config.max_prompt_tokens + turns * config.max_new_tokens
-                halve(config, "rollout_tokens", least)
+            # Once more, with the same numbers u. (Not in an `except`: see `update`.)
+            halve(
+                config, "rollout_tokens", config.max_prompt_tokens + turns * config.max_new_tokens
+            )
+            if progress:
+                progress.done = done
     return collect(dialogues, len(problems))
 
 
@@ -982,7 +951,7 @@ def stage_one(
 ) -> list[Dialogue]:
     """The reference's N dialogues about each problem, at the training temperature.
 
-    They are the dearest thing in a run, so each part of them goes to the journal once it is played;
+    They take longest of all, so each part of them goes to the journal once it is played;
     those that are in it already are not played again.
     """
     n = config.num_samples
@@ -1002,7 +971,7 @@ def stage_one(
 
 @dataclass
 class Batch:
-    """Some dialogues as tensors; their turns, in order, are numbered 0..n-1."""
+    """Some dialogues as tensors: B rows, M scored tokens, n turns numbered 0..n-1 in order."""
 
     ids: Tensor  # (B, T), padded on the right
     scored: Tensor  # (B, T) True where the policy chose the token
@@ -1034,6 +1003,7 @@ def accumulate(
     The dialogues are taken in micro-batches that fit into memory; their gradients add up, each
     weighted by its share of the turns, so that the sum does not depend on how they were cut.
     """
+    # (This number hangs on the verdicts, so to divide by it is a bias, of the order of 1 / batch.)
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
     seen: dict[str, float] = defaultdict(float)
     for chosen, weight in my_share(dialogues, config.update_tokens):
@@ -1066,15 +1036,14 @@ def update(
 ) -> dict[str, float]:
     """One step down (6). Returns what was seen."""
     while True:
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             seen = accumulate(policy, ref, dialogues, v_star, config)
             break
-        except torch.OutOfMemoryError:
-            optimizer.zero_grad(set_to_none=True)
-            # Several processes must all cut alike, and only this one knows.
-            alone = world()[1] == 1
-            longest = max(len(dialogue.ids) for dialogue in dialogues)
-            halve(config, "update_tokens", longest if alone else config.update_tokens)
+        # Not in an `except`: the exception would keep alive what has filled the memory.
+        optimizer.zero_grad(set_to_none=True)
+        alone = world()[1] == 1  # several processes must cut alike, and only this one knows
+        longest = max(len(dialogue.ids) for dialogue in dialogues)
+        halve(config, "update_tokens", longest if alone else config.update_tokens)
     seen = sum_over_processes(policy.model, seen)
     seen["entropy"] /= seen.pop("tokens")
     policy.scaler.unscale_(optimizer)
@@ -1100,7 +1069,7 @@ def train_step(
     """Stage 2, one step (from 0): ONE dialogue a problem, one update. Returns the step's metrics.
 
     --minibatches M spreads the dialogues over M updates; those of update k come from a policy that
-    is k - 1 updates old by then: the paper does that (M = 2), we by default do not.
+    is k - 1 updates old by then. The paper takes M = 2, our default is 1.
     """
     started = time.perf_counter()
     optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
@@ -1137,12 +1106,12 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         write_json(folder / "config.json", about)
     _lock = held(folder)  # until we return, or are killed
     send = number_sink(config, folder)
-    said: set[str] = set()  # Part II, F: what was found to hinder learning, each once
+    said: set[str] = set()  # Part II, F: the complaints so far; each comes once
     ref = freeze(policy)
     spread(policy, ref, config)  # over several devices, if there are
     before, base_dialogues = first_evaluation(policy, held_out, config, folder)
     v_star, problems = first_stage(ref, problems, config, folder, mark, said)
-    with policy.active():  # what LoRA has frozen is not learned
+    with policy.active():  # adapters that are off count as frozen
         learning = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=0.0, fused=True)
     history, evaluations = restore(folder, policy, optimizer, config)
@@ -1172,20 +1141,14 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
-# The same dialogues on problems that were never trained on, greedily (temperature 0). Accuracy is
-# measured twice: acc_t1 of the first attempt, acc_final of the last one. The difference is what
-# checking was worth. A verifier that always says "correct" is right as often as the solver is, so we
-# do not look at its accuracy alone but at the *balanced* one: the mean of how often it is right
-# about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict. A
-# trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
-# turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong.
-# What is counted, with its error bars, is in Part II, E.
-
-
-def mean(values: Iterable[float]) -> float | None:
-    """The mean, or None where there is nothing to average: 'none' is not 'zero'."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
+# Dialogues as in training, but on problems that were never trained on, greedily (temperature 0).
+# Accuracy is measured twice: acc_t1 of the first attempt, acc_final of the last one. The difference
+# is what checking was worth. A verifier that always says "correct" is right as often as the solver
+# is, so we do not look at its accuracy alone but at the *balanced* one: the mean of how often it is
+# right about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict.
+# A trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
+# turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong. What
+# is counted, with its error bars, is in Part II, E.
 
 
 def evaluate_policy(
@@ -1388,6 +1351,45 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
+def load_policy(config: Config) -> Policy:
+    """Load any causal language model of the Hugging Face format, ready to be trained."""
+    device, dtype = choose_device(config.device, config.dtype)
+    model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
+    set_threads(config.threads, model)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
+    print(f"{torch.get_num_threads()} CPU thread(s)")
+    ends = model.generation_config.eos_token_id
+    ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
+    ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
+    policy = Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
+    half = dtype == torch.float16
+    policy.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
+    if config.lora:
+        add_adapters(policy, config.lora, config.seed)
+    if config.gradient_checkpointing:
+        policy.model.activation_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def bridge_text(tokenizer: Any, request: str) -> str:
+    """What the template writes after a response and before the next one, found with a stand-in.
+
+    Raises UsageError for a template that changes what was said before (some drop a model's earlier
+    thoughts): the policy would then be scored on a text that it did not write.
+    """
+    question = {"role": "user", "content": "Q"}
+    said = "<think>\nhm\n</think>\n\nA"
+    asked = [question, {"role": "assistant", "content": said}, {"role": "user", "content": request}]
+    before, after = render(tokenizer, [question]) + said, render(tokenizer, asked)
+    if not after.startswith(before):
+        raise UsageError(
+            "this model's chat template rewrites earlier turns, so later turns cannot extend the "
+            "same tokens; give the tokenizer another chat_template, or use --revisions 0"
+        )
+    return after[len(before) :]
+
+
 def check_head(name: str, model: Any) -> None:
     """`token_logps` takes decoder and head apart: refuse a model that does more in between."""
     model.eval()
@@ -1719,7 +1721,7 @@ def first_stage(
     mark: str,
     said: set[str],
 ) -> tuple[Baselines, list[Problem]]:
-    """Stage 1, sampled or read (--v-star, a run that goes on): V^*, and the problems to train on."""
+    """Stage 1, sampled or read (--v-star, a run that goes on): V^*, and what to train on."""
     path, journal = folder / "v_star.jsonl", folder / "stage-1.jsonl"
     if config.v_star or path.exists():
         dialogues = load_stage_one(config.v_star or str(path), mark, problems, config)
@@ -1741,6 +1743,12 @@ def first_stage(
 # What section 3 leaves out: its limits and its table of spellings; cutting a clean text into tokens
 # and the tokens into structure (`Node`); computing values by recursive descent (`Reader`, a method
 # for each rule of the grammar), with arithmetic that counts its steps (`Work`); and comparing.
+#
+# Promised: fractions, decimals, roots, powers, i, trigonometric and logarithmic values, algebra,
+# equations with terms moved across, inequalities as intervals, tuples, sets, lists, unions,
+# plus-minus, matrices, numbers in a base, words. Units, percent, degree and currency signs are
+# decoration. Deliberately not: tolerances (0.33 is not 1/3), unit conversion (5 cm and 5 m are
+# both 5), prose, calculus, factorials, |x|, merging of intervals, tuples as column vectors.
 
 MAX_ANSWER = 2_000  # characters; the longest gold in MATH has about 160
 MAX_TAIL = 20_000  # characters at the end in which "the answer is" is looked for
@@ -2435,6 +2443,12 @@ def print_dialogue(dialogue: Dialogue) -> None:
 # that the model's own check accepted have a vote. If checking is worth anything, that vote wins.
 
 
+def mean(values: Iterable[float]) -> float | None:
+    """The mean, or None where there is nothing to average: 'none' is not 'zero'."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
 def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str, float | None]:
     """What (verdict, truth) pairs say of a verifier; a missing verdict is a miss. Precision: the
     share of right ones among the attempts that it called correct.
@@ -2846,8 +2860,8 @@ def stop_if_sick(history: Sequence[dict[str, Any]]) -> None:
 # --- G. Our own problems --------------------------------------------------------------------------
 # Problems that a person recognises, each with several ways of treating it: a hasty one, a worked
 # one, a check by another route, and a thorough second try. `python astarpo.py data` writes them.
-# Pairs of operands are split by a hash: the *reserved* ones occur in held-out problems only, never in
-# training problems nor in any step that the base was shown.
+# Pairs of operands are split by a hash: the *reserved* ones occur in held-out problems only, never
+# in training problems nor in any step that the base was shown.
 
 WORKED, CHECK, THOROUGH = "Step by step: ", "Check: ", "Carefully: "
 CORRECT, WRONG = "The answer is correct.", "The answer is wrong."
@@ -3301,13 +3315,13 @@ def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
 
 
 # --- I. Runs that survive -------------------------------------------------------------------------
-# A long run is killed some day: by a time limit, a full disk, a power cut. What it needs to go on as
-# if nothing had happened is little, as its random numbers are a pure function of what they are for
-# (section 6) and its problems one of the step: the weights, AdamW's moments and the number of the
-# step. They go into state-<step>/ every --save-every steps. Each file takes its name only when it is
-# whole and on the disk, so a kill leaves the old one or the new one, never half of one. Stage 1 keeps
-# its dialogues in parts of STAGE_ONE_PART. On one machine a run that was killed and resumed writes
-# the same metrics, to the last digit, as one that was not.
+# A long run is killed some day: by a time limit, a full disk, a power cut. What it needs to go on
+# as if nothing had happened is little, as its random numbers are a pure function of what they are
+# for (section 6) and its problems one of the step: the weights, AdamW's moments and the number of
+# the step. They go into state-<step>/ every --save-every steps. Each file takes its name only when
+# it is whole and on the disk, so a kill leaves the old one or the new one, never half of one. Stage
+# 1 keeps its dialogues in parts of STAGE_ONE_PART. On one machine a run that was killed and resumed
+# writes the same metrics, to the last digit, as one that was not.
 
 
 def due(every: int, step: int) -> bool:
@@ -3498,16 +3512,16 @@ def restore(
 
 
 # --- J. Large models, several devices -------------------------------------------------------------
-# A model of 1.5 billion parameters, its gradient, AdamW's two moments and the reference are 31 GB in
-# float32. LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then be half
-# as wide; the reference is the same weights without them. Recomputing activations in the backward
-# pass trades time for memory.
+# A model of 1.5 billion parameters, its gradient, AdamW's two moments and the reference are 31 GB
+# in float32. LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then be
+# half as wide; the reference is the same weights without them. Recomputing activations in the
+# backward pass trades time for memory.
 #
 # `torchrun --nproc_per_node=8 astarpo.py train ...` starts eight of us. Each plays its share of the
 # dialogues; all exchange them, so that each knows all and counts alike; each scores its share, and
-# the gradients are summed. ddp: every process holds everything. fsdp: weights, gradients and moments
-# are dealt out in slices and put together layer by layer where they are needed (PyTorch's FSDP2),
-# but as a whole while sampling, where every process goes at its own pace.
+# the gradients are summed. ddp: every process holds everything. fsdp: weights, gradients and
+# moments are dealt out in slices and put together layer by layer where they are needed (PyTorch's
+# FSDP2), but as a whole while sampling, where every process goes at its own pace.
 
 WHOLE = StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
