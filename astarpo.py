@@ -178,7 +178,7 @@ class Config:
     lr: float = option(3e-4, "AdamW's learning rate after warm-up", high=1)
     warmup: int = option(3, "steps over which the learning rate rises to --lr")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", low=1e-9)
-    beta1: float = option(0.5, "temperature of V* in (5), in units of reward", low=1e-6)
+    beta1: float = option(0.5, "temperature of V* in (5), in units of reward", 1e-6, 1e6)
     beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", low=1e-9)
     num_samples: int = option(8, "stage 1: responses a problem (N)", low=1)
     baseline: str = option("vstar", "what is subtracted from r", choices=("vstar", "mean", "zero"))
@@ -784,11 +784,7 @@ def next_role(dialogue: Dialogue, turns: float = math.inf) -> str | None:
 
 
 def begin_turns(
-    policy: Policy,
-    dialogues: Sequence[Dialogue],
-    memory: Memory | None,
-    config: Config,
-    step: int,
+    policy: Policy, dialogues: Sequence[Dialogue], memory: Memory | None, config: Config, step: int
 ) -> Rows:
     """Say what comes before each dialogue's next response, and let the model read it."""
     for dialogue in dialogues:
@@ -895,18 +891,17 @@ def rollout(
     prompts = {problem: policy.prompt_ids(problem) for problem in set(problems)}
     mine = deal([*zip(problems, samples)])
     turns, done = 1 + 2 * config.revisions, progress.done if progress else 0
+
+    def work() -> list[Dialogue]:
+        dialogues = [Dialogue(p, [*prompts[p]], sample=sample) for p, sample in mine]
+        if progress:
+            progress.done = done
+        play(policy, dialogues, turns, config, step, temperature, progress)
+        return dialogues
+
     with gathered(policy.model):
-        while True:
-            dialogues = [Dialogue(p, [*prompts[p]], sample=sample) for p, sample in mine]
-            with contextlib.suppress(torch.OutOfMemoryError):
-                play(policy, dialogues, turns, config, step, temperature, progress)
-                break
-            # Once more, with the same numbers u. (Not in an `except`: see `update`.)
-            halve(
-                config, "rollout_tokens", config.max_prompt_tokens + turns * config.max_new_tokens
-            )
-            if progress:
-                progress.done = done
+        least = config.max_prompt_tokens + turns * config.max_new_tokens
+        dialogues = within_memory(work, config, "rollout_tokens", least)
     return collect(dialogues, len(problems))
 
 
@@ -1006,6 +1001,7 @@ def accumulate(
     # (This number hangs on the verdicts, so to divide by it is a bias, of the order of 1 / batch.)
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
     seen: dict[str, float] = defaultdict(float)
+    policy.model.zero_grad(set_to_none=True)
     for chosen, weight in my_share(dialogues, config.update_tokens):
         batch = collate(chosen, v_star, policy.device)
         inputs = (batch.ids, batch.scored, config.temperature)
@@ -1035,25 +1031,23 @@ def update(
     config: Config,
 ) -> dict[str, float]:
     """One step down (6). Returns what was seen."""
-    while True:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            seen = accumulate(policy, ref, dialogues, v_star, config)
-            break
-        # Not in an `except`: the exception would keep alive what has filled the memory.
-        optimizer.zero_grad(set_to_none=True)
-        alone = world()[1] == 1  # several processes must cut alike, and only this one knows
-        longest = max(len(dialogue.ids) for dialogue in dialogues)
-        halve(config, "update_tokens", longest if alone else config.update_tokens)
+    longest = max(len(dialogue.ids) for dialogue in dialogues)
+    alone = world()[1] == 1  # several processes must cut alike, and only one knows that it must
+    seen = within_memory(
+        lambda: accumulate(policy, ref, dialogues, v_star, config),
+        config, "update_tokens", longest if alone else config.update_tokens,
+    )  # fmt: skip
     seen = sum_over_processes(policy.model, seen)
     seen["entropy"] /= seen.pop("tokens")
     policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-    seen |= {"grad_norm": assembled(norm).item(), "lr": optimizer.param_groups[0]["lr"]}
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # fsdp has dealt it out
+    seen |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
     seen["skipped"] = float(not math.isfinite(seen["loss"] + seen["grad_norm"]))
     if not seen["skipped"]:  # one bad batch must not destroy the weights
         policy.scaler.step(optimizer)
     policy.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    policy.model.zero_grad(set_to_none=True)  # while sampling, its memory is better used
     return seen
 
 
@@ -1102,10 +1096,10 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         load_stage_one(config.v_star, mark, problems, config)
     about = describe(config, policy)
     folder = reopen_folder(config.out, about) if resume else new_folder(config.out)
+    send = number_sink(config, folder)
     if not resume:
         write_json(folder / "config.json", about)
     _lock = held(folder)  # until we return, or are killed
-    send = number_sink(config, folder)
     said: set[str] = set()  # Part II, F: the complaints so far; each comes once
     ref = freeze(policy)
     spread(policy, ref, config)  # over several devices, if there are
@@ -1208,12 +1202,9 @@ class RunError(Exception):
 
 
 SHOWN = {  # metric: its name on the progress line
-    "loss": "loss",
-    "acc_t1": "t1",
-    "acc_final": "final",
-    "verifier_balanced_acc": "verify",
+    "loss": "loss", "acc_t1": "t1", "acc_final": "final", "verifier_balanced_acc": "verify",
     "kl": "kl",
-}
+}  # fmt: skip
 
 
 class Progress:
@@ -1222,25 +1213,23 @@ class Progress:
     def __init__(self, label: str, total: int, done: int = 0) -> None:
         self.label, self.total, self.done, self.before = label, total, done, done
         self.started = time.perf_counter()
-        self.tenths = 0  # of the way, when the last plain line was printed
 
     def advance(self, n: int, metrics: dict[str, Any] | None = None) -> None:
         """n more are done; `metrics` of the last one are shown."""
+        tenth = self.done * 10 // self.total
         self.done = min(self.total, self.done + n)
         seconds = time.perf_counter() - self.started
         left = seconds / max(1, self.done - self.before) * (self.total - self.done)
-        names = SHOWN.items() if metrics else ()
-        numbers = "".join(f"{text} {show(metrics[name], 2)} " for name, text in names)
+        metrics = metrics or {}
+        numbers = "".join(f"{SHOWN[k]} {show(metrics[k], 2)} " for k in SHOWN if k in metrics)
         finished = self.done >= self.total
         clock = f"{seconds:.0f} s" if finished else f"{left:.0f} s left"
         line = f"{f'{self.label} {self.done}/{self.total}':<21} {numbers} {clock}"
-        tenths = self.done * 10 // self.total
         if sys.stdout.isatty():
             line = re.sub("  +", "  ", line)[:79]  # 80 columns
             print(f"\r{line:<79}", end="\n" if finished else "", flush=True)
-        elif finished or (metrics and tenths > self.tenths):
+        elif finished or (metrics and self.done * 10 // self.total > tenth):
             print(line, flush=True)
-        self.tenths = tenths
 
 
 def check_options(config: Config, training: bool = False) -> None:
@@ -1257,10 +1246,8 @@ def check_options(config: Config, training: bool = False) -> None:
         raise UsageError(f"--v-star {config.v_star}: no such file")
     if training and config.temperature == 0:
         raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
-    if config.parallel == "fsdp" and (config.lora or config.dtype == "float16"):
-        raise UsageError(
-            "--parallel fsdp goes neither with --lora nor with --dtype float16: use ddp"
-        )
+    if config.parallel == "fsdp" and config.lora:
+        raise UsageError("--parallel fsdp does not go with --lora: use ddp")
     if not training and config.samples > 1 and config.temperature == 0:
         raise UsageError("--samples above 1 needs --temperature above 0: greedy ones are all alike")
 
@@ -1287,25 +1274,10 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return torch.device(device), getattr(torch, dtype)
 
 
-def set_threads(threads: int, model: Any) -> None:
-    """A tiny model is faster on one core: handing out its small products costs more than they do,
-    and next to a busy process the cores wait for each other (seen: 20 times slower)."""
-    small = sum(p.numel() for p in model.parameters()) < 10_000_000
-    torch.set_num_threads(threads or (1 if small else os.cpu_count() or 1))
-
-
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role.capitalize() + ': ' + m.content + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
-
-
-def quiet_libraries() -> None:
-    """No progress bars and warnings of others between our lines."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    hub_logging.set_verbosity_error()
 
 
 def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -1313,23 +1285,27 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
     Raises UsageError, in one sentence, for whatever is wrong with it.
     """
-    quiet_libraries()
+    logging.set_verbosity_error()  # no progress bars and warnings of others between our lines
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    hub_logging.set_verbosity_error()
     path = local(name)
     path = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # the folder of a run
     if path.exists():
         path = path.resolve()  # an adapter's checkpoint remembers where its base lies
+    elif name.count("/") != 1:  # a hub id is owner/name
+        raise UsageError(f"--model {name}: no such folder")
     else:
-        if name.count("/") != 1:  # a hub id is owner/name
-            raise UsageError(f"--model {name}: no such folder")
         print(f"{name} is no folder here: looking on the Hugging Face hub")
-    kinds = [path / "config.json", path / "adapter_config.json"]
-    if path.exists() and not any(kind.is_file() for kind in kinds):
-        raise UsageError(f"--model {name}: no config.json there, so this is no model folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
-        if kinds[1].is_file():
-            model, info = merged_adapters(path, options), {"missing_keys": []}
+        if (path / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            adapted = AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
+            model, info = adapted.merge_and_unload(), {"missing_keys": []}
+            model.had_adapters = True
         else:
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(path), output_loading_info=True, **options
@@ -1350,24 +1326,29 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-@torch.no_grad()
 def load_policy(config: Config) -> Policy:
     """Load any causal language model of the Hugging Face format, ready to be trained."""
     device, dtype = choose_device(config.device, config.dtype)
     model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
-    set_threads(config.threads, model)
     size = sum(p.numel() for p in model.parameters()) / 1e6
+    # A tiny model is faster on one core: handing out its small products costs more than they do, and
+    # next to a busy process the cores wait for each other (seen: 20 times slower).
+    torch.set_num_threads(config.threads or (1 if size < 10 else os.cpu_count() or 1))
     print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
     print(f"{torch.get_num_threads()} CPU thread(s)")
     ends = model.generation_config.eos_token_id
     ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
     ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
     policy = Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
-    half = dtype == torch.float16
+    half = dtype == torch.float16  # also what 'auto' takes on a GPU without bfloat16
+    if half and config.parallel == "fsdp":
+        raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
     policy.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UsageError(f"--model {config.model} knows no --gradient-checkpointing")
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
 
@@ -1390,6 +1371,7 @@ def bridge_text(tokenizer: Any, request: str) -> str:
     return after[len(before) :]
 
 
+@torch.no_grad()
 def check_head(name: str, model: Any) -> None:
     """`token_logps` takes decoder and head apart: refuse a model that does more in between."""
     model.eval()
@@ -1406,7 +1388,7 @@ def weights_hash(model: Any) -> str:
         if "lora_" in name:  # adapters start as nothing: which nothing does not matter
             continue
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -1418,7 +1400,7 @@ def load_problems(
     split: which part of a data set with several to prefer.
     """
     path = local(source)
-    lines = path.is_file() and path.suffix not in LIBRARY_FILES
+    lines = path.is_file() and path.suffix not in (".json", ".parquet", ".csv")
     rows = read_jsonl(path) if lines else read_dataset(source, path, split)
     problems = [to_problem(row, i, place, config) for i, (place, row) in enumerate(rows)]
     longest = config.max_prompt_tokens
@@ -1442,22 +1424,16 @@ def load_problems(
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, row) for each line, where the place ("file, line 3") is for error messages."""
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    place = f"{path}, line {number}"
-                    try:
-                        row = json.loads(line)
-                        json.dumps(row, ensure_ascii=False).encode()  # half a character: \ud800
-                        yield place, row
-                    except (ValueError, RecursionError) as error:
-                        raise UsageError(f"{place}: not JSON ({error})") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error})") from error
-
-
-LIBRARY_FILES = {".json": "json", ".parquet": "parquet", ".csv": "csv"}  # what `datasets` reads
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                place = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                    json.dumps(row, ensure_ascii=False).encode()  # no broken UTF-8, no lone \ud800
+                except (ValueError, RecursionError) as error:
+                    raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error
+                yield place, row
 
 
 def read_dataset(source: str, path: Path, split: str) -> Iterator[tuple[str, Any]]:
@@ -1475,7 +1451,7 @@ def read_dataset(source: str, path: Path, split: str) -> Iterator[tuple[str, Any
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told below, once
     try:
         if path.is_file():
-            parts = [load_dataset(LIBRARY_FILES[path.suffix], data_files=str(path))]
+            parts = [load_dataset(path.suffix[1:], data_files=str(path))]
         else:
             names = get_dataset_config_names(str(path))
             names = [name for name in names if name in ("main", "default")][:1] or names
@@ -1493,25 +1469,20 @@ def read_dataset(source: str, path: Path, split: str) -> Iterator[tuple[str, Any
 
 def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
     """Read a row in MATH's schema or its common variants (question; a box or #### in the solution).
-
-    Raises UsageError that names the place.
-    """
+    Raises UsageError that names the place."""
     if not isinstance(row, dict):
         raise UsageError(f"{place}: not a JSON object")
     for column in filter(None, (config.problem_column, config.answer_column)):
         if column not in row:
             raise UsageError(f"{place}: no column '{column}' (there are {', '.join(row)})")
-    columns = (
-        [config.problem_column] if config.problem_column else ["problem", "question", "prompt"]
-    )
+    columns = [config.problem_column or "problem", "question", "prompt"]
     text = next((row[column] for column in columns if column in row), None)
     solution = row.get("solution") or ""
     answer = row.get(config.answer_column or "answer")
     if answer is None or re.search(r"####|\\boxed", str(answer)):
         solution = str(answer or solution)
         answer = extract_answer(solution)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
+    answer = str(answer) if type(answer) in (int, float) else answer
     for name, value in (("problem", text), ("answer", answer)):
         if not isinstance(value, str):
             raise UsageError(f"{place}: '{name}' is missing or not a text")
@@ -1519,19 +1490,6 @@ def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
     subject = row.get("subject", row.get("type")) or ""
     level = int(digits[0]) if digits else None
     return Problem(index, text, answer, str(solution), level, str(subject))
-
-
-def load_pool(config: Config) -> list[tuple[Problem, str, bool]]:
-    """The attempts to be judged, if attempts.jsonl lies beside the evaluation data."""
-    path = local(config.eval_data).parent / "attempts.jsonl"
-    if not local(config.eval_data).is_file() or not path.is_file():
-        return []
-    rows = list(read_jsonl(path))[: config.eval_limit or None]
-    for place, row in rows:
-        to_problem(row, -1, place, config)
-        if not (isinstance(row.get("attempt"), str) and isinstance(row.get("correct"), bool)):
-            raise UsageError(f"{place}: 'attempt' (a text) or 'correct' (true or false) is missing")
-    return [(to_problem(row, -1, at, config), row["attempt"], row["correct"]) for at, row in rows]
 
 
 def check_context(policy: Policy, config: Config) -> None:
@@ -1566,21 +1524,14 @@ def new_folder(path: str, suffix: str = "") -> Path:
         return copy_of_it
     folder = Path(path or time.strftime("runs/%Y%m%d-%H%M%S") + suffix)
     try:
-        left_by_a_kill = {".probe", "config.json.partial"}
-        if folder.is_dir() and {file.name for file in folder.iterdir()} - left_by_a_kill:
-            raise UsageError(
-                f"--out {path} holds files already: name a new folder"
-                + (
-                    f", or go on with that run: train --resume {path}"
-                    if is_unfinished(folder)
-                    else ""
-                )
-            )
         folder.mkdir(parents=True, exist_ok=True)
+        if {file.name for file in folder.iterdir()} - {".probe", "config.json.partial"}:  # a kill's
+            go_on = f", or go on with that run: train --resume {folder}" * is_unfinished(folder)
+            raise UsageError(f"--out {folder} holds files already: name a new folder{go_on}")
         (folder / ".probe").touch()
         (folder / ".probe").unlink()
     except OSError as error:
-        raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error
+        raise UsageError(f"--out {folder} cannot be written: {error.strerror}") from error
     return folder
 
 
@@ -1602,7 +1553,7 @@ def whole_or_not(path: Path) -> Iterator[TextIO]:
 
 
 def write_results(path: Path, dialogues: Iterable[Dialogue]) -> None:
-    """A line a problem: every turn's text, extracted answer and verdict."""
+    """A line per dialogue: every turn's text, extracted answer and verdict."""
     with whole_or_not(path) as file:
         for dialogue in dialogues:
             turns = [dataclasses.asdict(turn) for turn in dialogue.turns]
@@ -1614,7 +1565,8 @@ def write_results(path: Path, dialogues: Iterable[Dialogue]) -> None:
 def save_model(policy: Policy, folder: Path) -> None:
     """An ordinary Hugging Face folder (with LoRA: of the adapters), written beside its place and
     then renamed."""
-    weights = whole_weights(policy.model)
+    dealt_out = isinstance(policy.model, FSDPModule)  # by fsdp; else the model has its own whole
+    weights = get_model_state_dict(policy.model, options=WHOLE) if dealt_out else None
     if world()[0]:
         return
     partial = folder.with_name(folder.name + ".partial")
@@ -1637,12 +1589,7 @@ def saved_at_the_end(policy: Policy, folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        saved = (
-            f". The model as it is now lies in {folder}/checkpoint (evaluate it with "
-            f"'eval --model {folder}/checkpoint')"
-        )
-        message = f"stopped; go on with 'train --resume {folder}'"
-        raise RunError(message + saved * (world()[1] == 1)) from None
+        raise RunError(f"stopped; go on with 'train --resume {folder}'") from None
     finally:
         if world()[1] == 1 or sys.exc_info()[0] is None:
             save_model(policy, folder / "checkpoint")
@@ -1654,50 +1601,38 @@ def fingerprint(policy: Policy, problems: Sequence[Problem], config: Config) -> 
     texts = [(p.index, p.problem, p.answer) for p in problems]
     prompts = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT)
     first = policy.prompt_ids(problems[0])  # tells the tokenizer and its chat template
-    everything = json.dumps([weights_hash(policy.model), sampling, texts, prompts, first])
+    everything = json.dumps([2, weights_hash(policy.model), sampling, texts, prompts, first])
     return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
 
 def save_stage_one(path: Path, mark: str, dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
-    """A head line, then a line a problem: V^* by role, and what each sample got right and said."""
-    samples: dict[Problem, list[Any]] = defaultdict(list)
-    for dialogue in dialogues:
-        correct = [turn.correct for turn in dialogue.attempts]
-        verdicts = [turn.verdict for turn in dialogue.checks]
-        samples[dialogue.problem].append({"correct": correct, "verdicts": verdicts})
+    """A head line, then a line per problem: V^* by role, and of each turn of each sample its role,
+    whether its answer is right, and its verdict."""
     with whole_or_not(path) as file:
-        file.write(json.dumps({"fingerprint": mark}) + "\n")
-        for problem, seen in samples.items():
+        print(json.dumps({"fingerprint": mark}), file=file)
+        for group in by_problem(dialogues):
+            problem = group[0].problem
             values = {role: v_star[problem.index, role] for role in ROLES}
+            samples = [[(t.role, t.correct, t.verdict) for t in d.turns] for d in group]
             row = {"index": problem.index, "problem": problem.problem, "level": problem.level}
-            row |= {"v_star": values, "samples": seen}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            row |= {"v_star": values, "samples": samples}
+            print(json.dumps(row, ensure_ascii=False), file=file)
 
 
-def load_stage_one(
-    path: str, mark: str, problems: Sequence[Problem], config: Config
-) -> list[Dialogue]:
+def load_stage_one(path: str, mark: str, problems: list[Problem], config: Config) -> list[Dialogue]:
     """The dialogues of a v_star.jsonl, without their texts: enough for any beta1 and alpha."""
-    rows = [row for _, row in read_jsonl(Path(path))]
-    if not rows or not isinstance(rows[0], dict) or rows[0].get("fingerprint") != mark:
+    head, *rows = [row for _, row in read_jsonl(Path(path))] or [None]
+    if head != {"fingerprint": mark} or len(rows) != len(problems):
         raise UsageError(
-            f"--v-star {path} was made with other weights, problems or sampling options; leave "
-            "--v-star out to run stage 1 again"
+            f"--v-star {path} is cut off, or was made with other weights, problems or sampling "
+            "options; leave --v-star out to run stage 1 again"
         )
-    complete = len(rows) == 1 + len(problems) and all("samples" in row for row in rows[1:])
-    if not complete:
-        raise UsageError(f"--v-star {path} is not complete; leave it out to run stage 1 again")
     dialogues = []
-    for problem, row in zip(problems, rows[1:]):
+    for problem, row in zip(problems, rows):
         for sample in row["samples"]:
-            dialogue = Dialogue(problem)
-            for k, correct in enumerate(sample["correct"]):
-                role = "revise" if k else "solve"
-                dialogue.turns.append(Turn(role, 0, 0, "", True, correct=correct))
-                for verdict in sample["verdicts"][k : k + 1]:
-                    dialogue.turns.append(Turn("verify", 0, 0, "", True, verdict=verdict))
-            dialogue.pay(config.alpha)
-            dialogues.append(dialogue)
+            turns = [Turn(r, 0, 0, "", True, correct=c, verdict=v) for r, c, v in sample]
+            dialogues.append(Dialogue(problem, turns=turns))
+            dialogues[-1].pay(config.alpha)
     return dialogues
 
 
@@ -1714,12 +1649,7 @@ def first_evaluation(
 
 
 def first_stage(
-    ref: Policy,
-    problems: Sequence[Problem],
-    config: Config,
-    folder: Path,
-    mark: str,
-    said: set[str],
+    ref: Policy, problems: list[Problem], config: Config, folder: Path, mark: str, said: set[str]
 ) -> tuple[Baselines, list[Problem]]:
     """Stage 1, sampled or read (--v-star, a run that goes on): V^*, and what to train on."""
     path, journal = folder / "v_star.jsonl", folder / "stage-1.jsonl"
@@ -2400,17 +2330,13 @@ def report_evaluation(summary: dict[str, Any]) -> None:
         groups |= {f"{trait} {name}": group for name, group in summary[f"by_{trait}"].items()}
     print(f"\n{'':<24}{'n':>6}   {'acc@t1 [95 % interval]':<24}acc@final [95 %]")
     for name, group in groups.items():
-        cells = [f"{group[k]:.3f} [{{:.3f}}, {{:.3f}}]" for k in ("acc_t1", "acc_final")]
-        first, final = (c.format(*group[k]) for c, k in zip(cells, ("acc_t1_ci", "acc_final_ci")))
+        cells = [(group[k], *group[f"{k}_ci"]) for k in ("acc_t1", "acc_final")]
+        first, final = ("{:.3f} [{:.3f}, {:.3f}]".format(*cell) for cell in cells)
         print(f"{name:<24.24}{group['n']:>6}   {first:<24}{final}")
-    figures = ("balanced_acc", "recall_right", "recall_wrong", "precision")
-    print(f"\n{'verifier':<22}" + "".join(f"{figure.replace('_', ' '):>14}" for figure in figures))
-    for kind, text in (("verifier", "own attempts"), ("verifier_pool", "fixed pool")):
-        print(f"  {text:<20}" + "".join(f"{show(summary[f'{kind}_{f}']):>14}" for f in figures))
     print()
     for name, value in summary.items():
-        if not isinstance(value, dict | list) and not re.match("n$|acc_|verifier", name):
-            print(f"  {name:<28}{value if isinstance(value, int) else show(value):>10}")
+        if not isinstance(value, dict | list) and not re.match("n$|acc_", name):
+            print(f"  {name:<32}{value if isinstance(value, int) else show(value):>10}")
     if "compare" in summary:
         print(f"\ncompared with {summary['compare']['with']}:")
         for name in ("acc_t1", "acc_final"):
@@ -2606,18 +2532,28 @@ def compare(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, 
 def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
     """The verify turn's confusion on the fixed pool beside the evaluation data (attempts.jsonl);
     None where there is no pool, or no verify turn."""
-    pool = load_pool(config) if config.revisions > 0 else []
-    told = []
-    for problem, text, correct in pool:  # the first turn is somebody's text: re-encoded, not scored
+    data = local(config.eval_data)
+    path = data.parent / "attempts.jsonl"
+    pool = read_jsonl(path) if config.revisions and data.is_file() and path.is_file() else ()
+    attempts = []
+    for place, row in itertools.islice(pool, config.eval_limit or None):
+        problem = to_problem(row, -1, place, Config())  # its columns are ours
+        text, correct = row.get("attempt"), row.get("correct")
+        if not (isinstance(text, str) and isinstance(correct, bool)):
+            raise UsageError(f"{place}: 'attempt' (a text) or 'correct' (true or false) is missing")
         prompt = policy.prompt_ids(problem)
-        ids = prompt + encode(policy.tokenizer, text)
+        ids = prompt + encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
-        told.append(Dialogue(problem, ids, [turn]))
-    mine, progress = deal(told), Progress("verifier pool", len(told))
+        attempts.append(Dialogue(problem, ids, [turn]))
+
+    def work() -> list[Dialogue]:
+        mine = copy.deepcopy(deal(attempts))
+        play(policy, mine, 2, config, -1, 0.0, Progress("verifier pool", len(attempts)))
+        return mine
+
     with gathered(policy.model):
-        play(policy, mine, 2, config, -1, 0.0, progress)
-    told = collect(mine, len(told))
-    judged = ((d.checks[0].verdict, d.attempts[0].correct) for d in told)
+        told = within_memory(work, config, "rollout_tokens", 2 * config.max_new_tokens)
+    judged = [(d.checks[0].verdict, d.attempts[0].correct) for d in collect(told, len(attempts))]
     return confusion(judged, "verifier_pool")
 
 
@@ -2625,12 +2561,7 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
 
 
 def check_in(
-    policy: Policy,
-    held_out: Sequence[Problem],
-    config: Config,
-    step: int,
-    earlier: list[Any],
-    folder: Path,
+    policy: Policy, held_out: list[Problem], config: Config, step: int, earlier: list, folder: Path
 ) -> dict[str, Any]:
     """--eval-every: a line of eval.jsonl; best/ is the model of the best acc_final so far."""
     summary, _ = evaluate_policy(policy, held_out, config)
@@ -2852,8 +2783,8 @@ def stop_if_sick(history: Sequence[dict[str, Any]]) -> None:
     """Raise RunError if no update was possible for some steps."""
     if len(history) >= WINDOW and all(m["skipped"] == 1 for m in history[-WINDOW:]):
         raise RunError(
-            f"no finite loss and gradient in {WINDOW} steps running, so the run stops; checkpoint/ "
-            "is the model after its last good update. Lower --lr, or use --dtype float32"
+            f"no finite loss and gradient in {WINDOW} steps running, so the run stops: lower --lr, "
+            "or use --dtype float32"
         )
 
 
@@ -3043,28 +2974,23 @@ FAMILIES = [
 
 def reserved(a: int, b: int) -> bool:
     """Is this pair kept for held-out problems? (The tables that all learn by heart are not.)"""
-    low, high = min(a, b), max(a, b)
-    if low < 10 and high < 100:
-        return False
-    return zlib.crc32(f"{low},{high}".encode()) % 8 == 2  # 47 * 36 is one of them
+    low, high = sorted((a, b))  # 47 * 36 is one of them
+    return (low > 9 or high > 99) and zlib.crc32(f"{low},{high}".encode()) % 8 == 2
 
 
 def is_reserved(task: Task) -> bool:
     """Are its two largest numbers a reserved pair, in whatever order and operation?"""
-    low, high = sorted(map(int, re.findall(r"\d+", task.text)))[-2:]
-    return reserved(low, high)
+    return reserved(*sorted(map(int, re.findall(r"\d+", task.text)))[-2:])
 
 
 def make_task(rng: random.Random, demo: bool) -> tuple[str, Task]:
     """Draw a family and a problem of it, whose haste is right as often as the table says."""
     weights = [f[5] if demo else f[3] for f in FAMILIES]
     maker, subject, story, _, easy, _ = rng.choices(FAMILIES, weights)[0]
-    if easy is None:
-        return subject, maker(rng, story)
-    want = rng.random() < (0.3 if demo else easy)  # nothing is to be learnt from easy ones
-    while True:
+    want = None if easy is None else rng.random() < (0.3 if demo else easy)
+    while True:  # of a family that has easy ones: nothing is to be learnt from them
         task = maker(rng, story)
-        if (task.hasty == task.answer) == want:
+        if want in (None, task.hasty == task.answer):
             return subject, task
 
 
@@ -3073,23 +2999,19 @@ def make_data(folder: Path, seed: int = 0, size: int = 2000) -> None:
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name, held_out in (("train", False), ("test", True)):
-        seen: set[str] = set()
-        lines: list[str] = []
+        lines: dict[str, str] = {}
         while len(lines) < size:
             subject, task = make_task(rng, demo=False)
-            numbers = sorted(re.findall(r"\d+", task.text))  # sorted: no mirror images either
-            key = f"{subject} {task.kind} {numbers}"
-            if is_reserved(task) != held_out or key in seen:
+            numbers = re.findall(r"\d+", task.text)
+            key = f"{subject} {task.kind} {sorted(numbers)}"  # sorted: no mirror images either
+            if is_reserved(task) != held_out or key in lines:
                 continue
-            seen.add(key)
             gold = task.answer
-            if found := re.fullmatch(r"(\d+)\\frac\{(\d+)\}\{(\d+)\}", gold):
-                whole, part, of = map(int, found.groups())
-                ratio = whole + Fraction(part, of)
-                gold = f"\\frac{{{ratio.numerator}}}{{{ratio.denominator}}}"
+            if "frac" in gold:  # a mixed number: as one fraction, in lowest terms
+                gold = "\\frac{{{}}}{{{}}}".format(*Fraction(*map(int, numbers)).as_integer_ratio())
             row = {"problem": task.text, "solution": WORKED + task.worked, "answer": gold}
-            lines.append(json.dumps(row | {"level": task.level, "subject": subject}) + "\n")
-        (folder / f"{name}.jsonl").write_bytes("".join(lines).encode())
+            lines[key] = json.dumps(row | {"level": task.level, "subject": subject}) + "\n"
+        (folder / f"{name}.jsonl").write_bytes("".join(lines.values()).encode())
 
 
 # --- H. The base model ----------------------------------------------------------------------------
@@ -3221,14 +3143,14 @@ def demo_batches(
         pool.sort(key=len)
         parts = [pool[i : i + size] for i in range(0, len(pool), size)]
         rng.shuffle(parts)
-        parts.reverse()
-        for part in parts[: steps - step]:
-            ids = torch.full((size, max(map(len, part))), tokenizer.pad_token_id)
-            learn = torch.zeros_like(ids, dtype=torch.bool)
-            for row, marks, dialogue in zip(ids, learn, part, strict=True):
-                row[: len(dialogue)] = torch.tensor([t for t, _ in dialogue])
-                marks[: len(dialogue)] = torch.tensor([flag for _, flag in dialogue])
-            yield ids, learn
+        for part in parts[::-1][: steps - step]:
+            ids = [torch.tensor([t for t, _ in dialogue]) for dialogue in part]
+            learn = [torch.tensor([flag for _, flag in dialogue]) for dialogue in part]
+            yield pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence(learn, True)
+
+
+# Plain sampling, for whoever calls `generate` (transformers' own default is top-k 50).
+ALL_TOKENS = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
@@ -3240,34 +3162,25 @@ def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     model = Qwen2ForCausalLM(
         Qwen2Config(**sizes, **ends, bos_token_id=None, initializer_range=0.05)
     )
-    # Plain sampling, for whoever calls `generate` (transformers' own default is top-k 50).
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    model.generation_config = GenerationConfig(**plain, **ends)
+    model.generation_config = GenerationConfig(**ALL_TOKENS, **ends)
     return model
 
 
-def pretrain(
-    folder: Path,
-    seed: int = 0,
-    steps: int = 7600,
-    size: int = 32,
-    lr: float = 3e-3,
-    threads: int = 1,
-) -> None:
+def pretrain(folder: Path, seed: int = 0, threads: int = 1, steps: int = 7600) -> None:
     """Make folder/base from nothing: supervised, first the careful skills, then the habits."""
+    size, lr = 32, 3e-3
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     tokenizer = build_tokenizer()
     model = tiny_model(tokenizer)
     # Muon needs about three quarters of AdamW's steps here; it is made for matrices only.
-    matrices = {n: p.ndim == 2 and "embed" not in n for n, p in model.named_parameters()}
-    inner = [p for n, p in model.named_parameters() if matrices[n]]
-    other = [p for n, p in model.named_parameters() if not matrices[n]]
+    inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    other = [p for p in model.parameters() if all(p is not q for q in inner)]
     optimizers = [
         torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
     ]
-    start, total, count = time.monotonic(), 0.0, 0
+    progress = Progress("pretrain", steps)
     for step, (ids, learn) in enumerate(demo_batches(tokenizer, seed + 1, steps, size)):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         targets = learn[:, 1:]
@@ -3283,12 +3196,7 @@ def pretrain(
                 group["lr"] = lr * min(1, (step + 1) / 200) * cosine
             optimizer.step()
             optimizer.zero_grad()
-        total, count = total + loss.item(), count + int(targets.sum())
-        if (step + 1) % 100 == 0:
-            left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
-            line = f"step {step + 1}/{steps}  loss {total / count:.4f} a token"
-            print(f"{line}  {left / 60:.1f} min left", flush=True)
-            total, count = 0.0, 0
+        progress.advance(1, {"loss": loss.item() / len(logits)})
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     make_attempts(folder, seed)
@@ -3378,7 +3286,8 @@ def reopen_folder(path: str, about: dict[str, Any]) -> Path:
                 (folder / item.name).symlink_to(item.resolve())
             else:
                 shutil.copy(item, folder)
-    wait_for_all()
+    if world()[1] > 1:
+        dist.barrier()
     return folder
 
 
@@ -3443,8 +3352,10 @@ def save_state(
     folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Config
 ) -> None:
     """Write state-<step>/ and drop all but the last two."""
+    learned = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    weights = get_model_state_dict(policy.model, options=WHOLE)
     state = {
-        "model": get_model_state_dict(policy.model, options=WHOLE),
+        "model": {n: w for n, w in weights.items() if n in learned},  # without a tied head's copy
         "optimizer": get_optimizer_state_dict(policy.model, optimizer, options=WHOLE),
         "scaler": policy.scaler.state_dict(),
         "update_tokens": config.update_tokens,
@@ -3530,10 +3441,8 @@ WHOLE = StateDictOptions(
 
 def add_adapters(policy: Policy, rank: int, seed: int) -> None:
     """LoRA beside every linear layer but the head: only these float32 matrices learn."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise UsageError("--lora needs the package peft: pip install peft") from error
+    from peft import LoraConfig
+
     if hasattr(policy.model, "had_adapters"):  # they would be saved as if beside its base
         raise UsageError("--lora goes not with a LoRA checkpoint as --model: start from its base")
     torch.manual_seed(seed)
@@ -3552,18 +3461,6 @@ def switch_adapters(model: Any, on: bool) -> None:
     if getattr(model, "adapters_on", True) != on:  # it walks over all layers: not for each token
         model.enable_adapters() if on else model.disable_adapters()
         model.adapters_on = on
-
-
-def merged_adapters(path: Path, options: dict[str, Any]) -> Any:
-    """A LoRA checkpoint as an ordinary model: its base, which adapter_config.json names, with the
-    adapters added to the weights."""
-    try:
-        from peft import AutoPeftModelForCausalLM
-    except ImportError as error:
-        raise UsageError(f"{path} holds LoRA adapters: pip install peft") from error
-    model = AutoPeftModelForCausalLM.from_pretrained(str(path), **options).merge_and_unload()
-    model.had_adapters = True
-    return model
 
 
 def blocks(model: Any) -> list[Any]:
@@ -3586,29 +3483,32 @@ def recomputing(model: Any) -> Iterator[None]:
             layer.training = False
 
 
-def halve(config: Config, option: str, least: int) -> None:
-    """Out of memory: from here on half as many tokens at a time, but at least so many. Raises
-    RunError where that does not help."""
-    tokens, flag = getattr(config, option), "--" + option.replace("_", "-")
-    torch.cuda.empty_cache()
-    if tokens <= least:
-        raise RunError(
-            f"out of memory with {flag} {tokens}: try a lower one, --gradient-checkpointing, "
-            "--lora 32, or shorter responses"
-        )
-    setattr(config, option, max(least, tokens // 2))
-    print(f"out of memory: from here on {flag} is {getattr(config, option)}")
+def within_memory(work: Callable[[], Any], config: Config, option: str, least: int) -> Any:
+    """Do `work`. Whenever memory runs out: once more, with half as many tokens at a time, but at
+    least so many. Raises RunError where that does not help."""
+    flag = "--" + option.replace("_", "-")
+    while True:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return work()
+        # Not in an `except`: the exception would keep alive what has filled the memory.
+        tokens = getattr(config, option)
+        if tokens <= least:
+            raise RunError(
+                f"out of memory with {flag} {tokens}: try a lower one, --gradient-checkpointing, "
+                "--lora 32, or shorter responses"
+            )
+        setattr(config, option, max(least, tokens // 2))
+        print(f"out of memory: from here on {flag} is {getattr(config, option)}")
 
 
 def world() -> tuple[int, int]:
     """Which process is this, and how many are there?"""
-    there = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def join_processes(device: str) -> None:
     """Under torchrun: meet the other processes. Only the first one prints."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys() or dist.is_initialized():
         return
     if ":" in device:
         raise UsageError(
@@ -3622,12 +3522,6 @@ def join_processes(device: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def wait_for_all() -> None:
-    """Go on when all processes have come here."""
-    if world()[1] > 1:
-        dist.barrier()
-
-
 def deal(items: Sequence[Any]) -> list[Any]:
     """This process's share."""
     rank, size = world()
@@ -3636,14 +3530,12 @@ def deal(items: Sequence[Any]) -> list[Any]:
 
 def collect(mine: list[Any], n: int) -> list[Any]:
     """All n items, in the order before they were dealt."""
-    _, size = world()
-    if size == 1:
-        return mine
-    parts: list[Any] = [None] * size
-    dist.all_gather_object(parts, mine)
-    whole = [None] * n
+    parts: list[Any] = [mine] * world()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, mine)
+    whole: list[Any] = [None] * n
     for rank, part in enumerate(parts):
-        whole[rank::size] = part
+        whole[rank :: len(parts)] = part
     return whole
 
 
@@ -3679,8 +3571,6 @@ def spread(policy: Policy, ref: Policy, config: Config) -> None:
     """--parallel fsdp: deal out the weights of policy and reference."""
     if world()[1] == 1 or config.parallel != "fsdp":
         return
-    if policy.dtype == torch.float16:  # what --dtype auto takes on a GPU without bfloat16
-        raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
     mesh = init_device_mesh(policy.device.type, (world()[1],))
     for model in (policy.model, ref.model):
         for layer in blocks(model):
@@ -3706,18 +3596,6 @@ def gathered(model: Any) -> Iterator[None]:
     for part in parts:
         part.set_reshard_after_forward(True, recurse=False)
         part.reshard()
-
-
-def assembled(tensor: Tensor) -> Tensor:
-    """A tensor that fsdp has dealt out, put together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_weights(model: Any) -> dict[str, Tensor] | None:
-    """The weights that fsdp has dealt out, for the first process; None: save the model's own."""
-    if not isinstance(model, FSDPModule):
-        return None
-    return get_model_state_dict(model, options=dataclasses.replace(WHOLE, strict=True))
 
 
 def sum_over_processes(model: Any, seen: dict[str, float]) -> dict[str, float]:
@@ -3838,7 +3716,8 @@ class NextToken(torch.nn.Module):
 def record(policy: Policy, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
     """NextToken without its Python: the operations of one call on such inputs, to be repeated.
 
-    A recording is blind: it takes every `if` the way it once went. So it is tried on other rows,
+    A recording is blind: it takes every `if` the way it once went. (And it would keep weights that
+    autocast had cast before: each `active` begins with none.) So it is tried on other rows,
     more cells and the furthest position that the model knows; if its logits are not the model's to
     the last bit, or if nothing can be recorded, the model itself takes the step.
     """
@@ -3883,13 +3762,9 @@ def clock(repeats: int, work: dict[str, Callable[[], Any]]) -> dict[str, float]:
 def generated(policy: Policy, problems: Sequence[Problem], config: Config) -> int:
     """What `rollout` does for a single turn, by transformers' `generate`. Returns its tokens."""
     ends = torch.tensor(policy.end_ids, dtype=torch.long, device=policy.device)
-    plain = GenerationConfig(
-        max_new_tokens=config.max_new_tokens,
-        do_sample=True,
-        top_k=0,
-        eos_token_id=[*policy.end_ids] or None,
-        pad_token_id=0,
-    )
+    # What is left open here would come from the model's own generation_config.
+    sizes = {"max_new_tokens": config.max_new_tokens, "pad_token_id": 0, "repetition_penalty": 1.0}
+    plain = GenerationConfig(**ALL_TOKENS, **sizes, eos_token_id=[*policy.end_ids] or [-1])
     tokens = 0
     for i in range(0, len(problems), config.batch_size):
         prompts = [policy.prompt_ids(problem) for problem in problems[i : i + config.batch_size]]
@@ -4015,9 +3890,10 @@ def bench(config: Config, repeats: int, file: str) -> dict[str, Any]:
     else:
         import resource  # not on Windows
 
-        found["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        found["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     report_bench(found, len(problems), config, repeats)
-    if file:
+    if file and not world()[0]:
         write_json(Path(file), {**describe(config, policy), **found})
     return found
 
@@ -4086,9 +3962,7 @@ PRESETS = {
     "pag": {**A_PO, "model": "Qwen/Qwen2.5-1.5B-Instruct", "revisions": 1, "alpha": 1.0},
 }
 # How the PAG authors evaluate.
-EVAL_PRESETS: dict[str, dict[str, Any]] = {
-    "a-po": {}, "pag": {"temperature": 0.6, "top_p": 0.95, "samples": 8},
-}  # fmt: skip
+EVAL_PRESETS: dict[str, dict[str, Any]] = {"pag": {"temperature": 0.6, "top_p": 0.95, "samples": 8}}
 
 
 def newest_model() -> str:
@@ -4198,18 +4072,15 @@ def run_command(options: argparse.Namespace) -> None:
             raise UsageError("--resume goes on with the run's own options: leave the others out")
         _, config = unfinished_run(options.resume)
     join_processes(config.device)
+    config.model = config.model or newest_model()
     if options.command == "train":
         train(config, resume=options.resume is not None)
-        return None
-    if options.command == "bench":
+    elif options.command == "bench":
         bench(config, options.repeats, options.json)
-        return None
-    config.model = config.model or newest_model()
-    if options.command == "solve":
+    elif options.command == "solve":
         solve(config, options.problem, config.temperature)
     else:
         evaluate(config, config.temperature)
-    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4219,15 +4090,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_command(options)
     except UsageError as error:
         status, message = 2, str(error)
-    except ImportError as error:  # matplotlib, for 'plot'
+    except ImportError as error:  # matplotlib for 'plot', peft for --lora
         status, message = 2, f"{error}; pip install {error.name}"
     except (RunError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         status, message = 1, str(error)
     except RuntimeError as error:
         lost = str(error).strip().split("\n")[0]
-        if world()[1] == 1 or not re.search(
-            "peer|connection|timed? ?out|nccl", lost, re.IGNORECASE
-        ):
+        if world()[1] == 1 or not re.search("(?i)peer|connection|timed? ?out|nccl", lost):
             raise
         status, message = 1, f"another process of this run is gone ({lost}); go on with --resume"
     except KeyboardInterrupt:

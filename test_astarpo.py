@@ -455,6 +455,14 @@ def test_rollouts_of_other_architectures_are_what_a_plain_forward_gives(base, pr
         assert A.pick(logits, u, 1.0).tolist() == d.ids[start:]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_has_been_read_is_kept_in_the_dtype_that_is_computed_in(base, dtype):
+    policy = dataclasses.replace(base, dtype=dtype)
+    memory = A.Memory(2, base.device)
+    memory.read(policy, *A.left_pad([[5, 6, 7], [8, 9]], base.device))
+    assert {cells.dtype for cells in memory.cells} == {dtype}
+
+
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
 def test_batches_hold_everything_once_within_the_budget(lengths, budget):
     batches = list(A.token_batches(lengths, budget))
@@ -1863,6 +1871,15 @@ def test_every_command_explains_its_options(command, capsys):
             assert "--" + item.name.replace("_", "-") in shown
 
 
+def test_under_torchrun_one_process_says_what_is_wrong(monkeypatch, capsys):
+    for rank, said in (("0", "takes a GPU of its own"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert A.main(["eval", "--device", "cuda:1"]) == 2
+        error = capsys.readouterr().err
+        assert said in error and bool(said) == bool(error)
+
+
 def test_as_a_process_it_fails_with_a_status_and_a_sentence():
     command = [sys.executable, A.__file__, "train", "--steps", "-1"]
     failed = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
@@ -2059,6 +2076,14 @@ def unfinished(finished: Path, folder: Path) -> Path:
     return folder
 
 
+def test_a_state_holds_what_learns_once(finished):
+    saved = torch.load(A.states(finished)[-1] / "training.pt", weights_only=True)["model"]
+    model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
+    learned = dict(model.named_parameters())  # without lm_head.weight, which is embed_tokens.weight
+    assert saved.keys() == learned.keys()
+    assert all(torch.equal(saved[name], learned[name]) for name in saved)
+
+
 @pytest.mark.parametrize(
     "damage, said",
     [
@@ -2239,7 +2264,7 @@ def test_in_float16_a_gradient_that_overflows_is_skipped_and_the_scale_halved(ba
     policy = A.load_policy(config)
     dialogues = A.rollout(policy, problems[:2], config, 1)
     v_star = dict.fromkeys(keys(dialogues), 0.5)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3, fused=True)
     before = policy.model.lm_head.weight.clone()
     seen = A.update(policy, A.freeze(policy), optimizer, dialogues, v_star, config)
     assert not seen["skipped"] and not torch.equal(before, policy.model.lm_head.weight)
@@ -2354,7 +2379,7 @@ def test_a_run_of_two_processes_is_killed_and_resumed(parallel, tmp_path):
 
         def save_and_die(*arguments: Any) -> None:
             save(*arguments)
-            A.wait_for_all()
+            A.dist.barrier()
             if A.world()[0] == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
