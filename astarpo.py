@@ -90,6 +90,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -1542,10 +1543,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def whole_or_not(path: Path) -> Iterator[TextIO]:
+def whole_or_not(path: Path, mode: str = "w") -> Iterator[Any]:
     """A file to write that takes its place, on the disk, only when it is complete."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -3223,13 +3224,10 @@ def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
 
 
 # --- I. Runs that survive -------------------------------------------------------------------------
-# A long run is killed some day: by a time limit, a full disk, a power cut. What it needs to go on
-# as if nothing had happened is little, as its random numbers are a pure function of what they are
-# for (section 6) and its problems one of the step: the weights, AdamW's moments and the number of
-# the step. They go into state-<step>/ every --save-every steps. Each file takes its name only when
-# it is whole and on the disk, so a kill leaves the old one or the new one, never half of one. Stage
-# 1 keeps its dialogues in parts of STAGE_ONE_PART. On one machine a run that was killed and resumed
-# writes the same metrics, to the last digit, as one that was not.
+# A long run is killed some day, and goes on as if nothing had happened. Its random numbers are a pure
+# function of what they are for (section 6), so the weights, AdamW's moments and the step are all that
+# it needs: they go into state-<step>.pt every --save-every steps, and stage 1's dialogues into a
+# journal, in parts of STAGE_ONE_PART. A file takes its name only when it is whole and on the disk.
 
 
 def due(every: int, step: int) -> bool:
@@ -3274,15 +3272,13 @@ def read_config(path: Path) -> Config:
 def reopen_folder(path: str, about: dict[str, Any]) -> Path:
     """The folder of the run that goes on, if it started from these weights. Raises UsageError."""
     folder = Path(path)
-    if (
-        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("weights")
-        != about["weights"]
-    ):
+    began = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if began.get("weights") != about["weights"]:
         raise UsageError(f"--resume: {about['model']} holds other weights than when {path} began")
     if world()[0]:  # the other processes read what there is, and write into a copy
         copy_of, folder = folder, new_folder("")
         for item in copy_of.iterdir():
-            if item.is_dir():
+            if item.is_dir() or item in states(copy_of):
                 (folder / item.name).symlink_to(item.resolve())
             else:
                 shutil.copy(item, folder)
@@ -3305,22 +3301,24 @@ def held(folder: Path) -> TextIO:
     return file
 
 
-def intact_lines(path: Path) -> list[str]:
-    """The lines of a JSONL file up to the first broken one: a kill can leave half a line."""
+def intact_rows(path: Path) -> list[Any]:
+    """The rows of a JSONL file up to the first broken line: a kill can leave half of one."""
+    rows: list[Any] = []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(lines, start=1):
         try:
-            json.loads(line if line.endswith("\n") else "")
+            rows.append(json.loads(line if line.endswith("\n") else ""))
         except ValueError:
-            print(f"{path}, line {number + 1}: cut off; it and what follows is done again")
-            return lines[:number]
-    return lines
+            print(f"{path}, line {number}: cut off; it and what follows is done again")
+            break
+    return rows
 
 
-def cut_lines(path: Path, lines: Sequence[str]) -> None:
-    """Leave these lines in the file."""
-    with whole_or_not(path) as file:
-        file.writelines(lines)
+def keep_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Leave these rows in the file, if there is one."""
+    if path.exists():  # also if only half a line is to go
+        with whole_or_not(path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def append_journal(path: Path, dialogues: Iterable[Dialogue]) -> None:
@@ -3333,25 +3331,22 @@ def append_journal(path: Path, dialogues: Iterable[Dialogue]) -> None:
 def read_journal(path: Path, problems: Sequence[Problem], part: int) -> list[Dialogue]:
     """The dialogues that a killed stage 1 had played, in whole parts (a part is played together,
     and rounding depends on the company)."""
-    lines = intact_lines(path)
-    if len(lines) < len(problems):
-        lines = lines[: len(lines) // part * part]
-    if path.exists():
-        cut_lines(path, lines)
-    rows = map(json.loads, lines)
+    rows = intact_rows(path)
+    if len(rows) < len(problems):
+        rows = rows[: len(rows) // part * part]
+    keep_rows(path, rows)
     return [Dialogue(p, ids, [Turn(**t) for t in turns]) for p, (ids, turns) in zip(problems, rows)]
 
 
 def states(folder: Path) -> list[Path]:
     """The saved states of a run, the newest last."""
-    names = (path for path in folder.glob("state-*") if path.name[6:].isdigit())
-    return sorted(names, key=lambda path: int(path.name[6:]))
+    return sorted(folder.glob("state-*.pt"), key=lambda path: int(path.stem[6:]))
 
 
 def save_state(
     folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Config
 ) -> None:
-    """Write state-<step>/ and drop all but the last two."""
+    """Write state-<step>.pt and drop all but the last two."""
     learned = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     weights = get_model_state_dict(policy.model, options=WHOLE)
     state = {
@@ -3362,34 +3357,14 @@ def save_state(
     }
     if world()[0]:
         return
-    place = folder / f"state-{step}"
-    partial = place.with_name(place.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    place = folder / f"state-{step}.pt"
     try:
-        partial.mkdir()
-        with (partial / "training.pt").open("wb") as file:
+        with whole_or_not(place, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        write_json(partial / "state.json", {"step": step, "training.pt": size})
     except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
         raise RunError(f"{place} cannot be saved ({error}); go on with --resume") from error
-    shutil.rmtree(place, ignore_errors=True)  # one that could not be used
-    partial.rename(place)
     for old in states(folder)[:-2]:
-        shutil.rmtree(old)
-
-
-def fault(state: Path, n_metrics: int) -> str:
-    """Why this state cannot be used; '' if it can."""
-    try:
-        listed = json.loads((state / "state.json").read_text(encoding="utf-8"))
-        if (state / "training.pt").stat().st_size != listed["training.pt"]:
-            return "training.pt is cut off"
-        return "metrics.jsonl ends before it" if listed["step"] > n_metrics else ""
-    except (OSError, ValueError, KeyError) as error:
-        return f"not complete: {error}"
+        old.unlink()
 
 
 def restore(
@@ -3397,29 +3372,29 @@ def restore(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Bring policy and optimizer back to the newest good state, if there is one: the metrics and
     the evaluations up to there. What was written after it is cut off, to be done again."""
-    lines = {name: intact_lines(folder / f"{name}.jsonl") for name in ("metrics", "eval")}
-    good = None
-    for state in states(folder):
-        if why := fault(state, len(lines["metrics"])):
-            print(f"{state} is of no use ({why})")
-        else:
-            good = state
-    step = int(good.name[6:]) if good else 0
-    if good or lines["metrics"]:
+    past = {name: intact_rows(folder / f"{name}.jsonl") for name in ("metrics", "eval")}
+    step = 0
+    for state in reversed(states(folder)):
+        try:
+            saved = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            print(f"{state} is of no use ({str(error)[:100]})")
+            continue
+        if int(state.stem[6:]) <= len(past["metrics"]):
+            step = int(state.stem[6:])
+            break
+        print(f"{state} is of no use (metrics.jsonl ends before it)")
+    if step or past["metrics"]:
         print(f"going on after step {step}")
-    if good:
-        saved = torch.load(good / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+    if step:
         set_model_state_dict(policy.model, saved["model"], options=WHOLE)
         set_optimizer_state_dict(policy.model, optimizer, saved["optimizer"], options=WHOLE)
         policy.scaler.load_state_dict(saved["scaler"])
         config.update_tokens = saved["update_tokens"]
-    kept = {}
-    for name, there in lines.items():
-        keep = [line for line in there if json.loads(line)["step"] <= step]
-        if (folder / f"{name}.jsonl").exists():  # also if only half a line is to go
-            cut_lines(folder / f"{name}.jsonl", keep)
-        kept[name] = [json.loads(line) for line in keep]
-    return kept["metrics"], kept["eval"]
+    for name, rows in past.items():
+        past[name] = [row for row in rows if row["step"] <= step]
+        keep_rows(folder / f"{name}.jsonl", past[name])
+    return past["metrics"], past["eval"]
 
 
 # --- J. Large models, several devices -------------------------------------------------------------

@@ -2026,7 +2026,7 @@ def test_stage_one_goes_on_after_its_last_whole_part(base, problems, tmp_path):
     assert [(d.ids, d.turns) for d in again] == [(d.ids, d.turns) for d in dialogues]
     journal.write_text(journal.read_text()[:-9])
     assert len(A.read_journal(journal, problems[:7], part=4)) == 4
-    assert len(A.intact_lines(journal)) == 4
+    assert len(A.intact_rows(journal)) == 4
 
 
 @pytest.fixture(scope="module")
@@ -2051,7 +2051,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment, undisturbed, tm
         assert in_child(lambda: start_or_go_on(folder)) == 0
     assert left_by(folder) == undisturbed
     assert not list(folder.glob("*.partial")) and not (folder / "stage-1.jsonl").exists()
-    assert [state.name for state in A.states(folder)][-2:] == ["state-4", "state-5"]
+    assert [state.name for state in A.states(folder)][-2:] == ["state-4.pt", "state-5.pt"]
 
 
 @pytest.mark.skipif(not SOAK, reason="set ASTARPO_SOAK to the number of kills")
@@ -2077,7 +2077,7 @@ def unfinished(finished: Path, folder: Path) -> Path:
 
 
 def test_a_state_holds_what_learns_once(finished):
-    saved = torch.load(A.states(finished)[-1] / "training.pt", weights_only=True)["model"]
+    saved = torch.load(A.states(finished)[-1], weights_only=True)["model"]
     model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
     learned = dict(model.named_parameters())  # without lm_head.weight, which is embed_tokens.weight
     assert saved.keys() == learned.keys()
@@ -2087,9 +2087,9 @@ def test_a_state_holds_what_learns_once(finished):
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (lambda run: (run / "state-2" / "training.pt").unlink(), "state-2 is of no use"),
-        (lambda run: (run / "state-2" / "state.json").unlink(), "state-2 is of no use"),
-        (lambda run: os.truncate(run / "state-2" / "training.pt", 999), "cut off"),
+        (lambda run: os.truncate(run / "state-2.pt", 999), "state-2.pt is of no use"),
+        (lambda run: os.truncate(run / "state-2.pt", 2_000_000), "state-2.pt is of no use"),
+        (lambda run: os.truncate(run / "state-2.pt", 0), "state-2.pt is of no use"),
         (lambda run: os.truncate(run / "metrics.jsonl", 1200), "metrics.jsonl, line 2: cut off"),
         (lambda run: half_a_line(run / "metrics.jsonl"), "metrics.jsonl, line 3: cut off"),
         (lambda run: half_a_line(run / "eval.jsonl"), "eval.jsonl, line 1: cut off"),
