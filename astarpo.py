@@ -86,6 +86,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -1097,10 +1098,10 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         load_stage_one(config.v_star, mark, problems, config)
     about = describe(config, policy)
     folder = reopen_folder(config.out, about) if resume else new_folder(config.out)
-    send = number_sink(config, folder)
     if not resume:
         write_json(folder / "config.json", about)
     _lock = held(folder)  # until we return, or are killed
+    send = number_sink(config, folder)
     said: set[str] = set()  # Part II, F: the complaints so far; each comes once
     ref = freeze(policy)
     spread(policy, ref, config)  # over several devices, if there are
@@ -1245,6 +1246,8 @@ def check_options(config: Config, training: bool = False) -> None:
             raise UsageError(f"{flag} must be {limits}, not {value}")
     if config.v_star and not Path(config.v_star).is_file():
         raise UsageError(f"--v-star {config.v_star}: no such file")
+    if config.log_to != "none" and not importlib.util.find_spec(config.log_to):
+        raise UsageError(f"--log-to {config.log_to}: pip install {config.log_to}")
     if training and config.temperature == 0:
         raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
     if config.parallel == "fsdp" and config.lora:
@@ -2325,7 +2328,7 @@ def report_training(
 
 
 def report_evaluation(summary: dict[str, Any]) -> None:
-    """The evaluation as tables: accuracies with their intervals, the verifier, everything else."""
+    """The evaluation as a table of accuracies with their intervals, then everything else."""
     groups = {"all problems": summary}
     for trait in ("level", "subject"):
         groups |= {f"{trait} {name}": group for name, group in summary[f"by_{trait}"].items()}
@@ -2576,24 +2579,19 @@ def check_in(
 
 
 def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None]:
-    """--log-to: what sends the numbers of a step on."""
-    try:
-        if world()[0]:
-            pass  # of several processes the first one reports
-        elif config.log_to == "wandb":
-            import wandb
+    """--log-to: what sends the numbers of a step on (of several processes the first one does)."""
+    if config.log_to == "wandb" and not world()[0]:
+        import wandb
 
-            run = wandb.init(project="astarpo", dir=folder, config=dataclasses.asdict(config))
-            return lambda numbers: run.log(numbers, step=numbers["step"])
-        elif config.log_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+        run = wandb.init(project="astarpo", dir=folder, config=dataclasses.asdict(config))
+        return lambda numbers: run.log(numbers, step=numbers["step"])
+    if config.log_to == "tensorboard" and not world()[0]:
+        from torch.utils.tensorboard import SummaryWriter
 
-            add = SummaryWriter(str(folder)).add_scalar
-            return lambda numbers: [
-                add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, int | float)
-            ]
-    except ImportError as error:
-        raise UsageError(f"--log-to: {error}; pip install {config.log_to}") from error
+        add = SummaryWriter(str(folder)).add_scalar
+        return lambda numbers: [
+            add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, int | float)
+        ]
     return lambda numbers: None
 
 

@@ -2575,7 +2575,8 @@ def test_best_is_replaced_only_by_something_better(accs, kept, monkeypatch, tmp_
 def test_a_missing_logger_is_one_sentence_and_a_present_one_gets_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(A.UsageError, match="pip install wandb"):
-        A.number_sink(A.Config(log_to="wandb"), tmp_path)
+        A.train(quick(log_to="wandb", out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
     got = []
     writer = types.SimpleNamespace(add_scalar=lambda *row: got.append(row))
     module = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
