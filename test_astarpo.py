@@ -1617,7 +1617,8 @@ def test_the_verifier_pool_is_balanced_and_scored(base):
     assert len({row["problem"] for row in rows}) == len(rows)
     held_out = {row["problem"] for row in read_lines(DATA / "test.jsonl")}
     assert {row["problem"] for row in rows} <= held_out
-    assert 0.3 < A.evaluate_pool(base, A.Config(eval_limit=100))["verifier_pool_balanced_acc"] < 0.8
+    config = A.Config(eval_limit=100, problem_column="task")  # of other data: the pool is ours
+    assert 0.3 < A.evaluate_pool(base, config)["verifier_pool_balanced_acc"] < 0.8
 
 
 # --- Loading --------------------------------------------------------------------------------------
@@ -2283,8 +2284,10 @@ def test_out_of_memory_the_micro_batches_are_halved_and_the_step_is_repeated(
     dialogues = A.rollout(base, problems[:8], config, 1)
     expected = gradient(copy_of(base), dialogues, config)
 
+    passes = itertools.count(1)
+
     def small_card(_: object, args: tuple, kwargs: dict) -> None:
-        if kwargs["input_ids"].numel() > 150:
+        if kwargs["input_ids"].numel() > 150 or next(passes) == 2:  # the first left a gradient
             raise torch.OutOfMemoryError("more than this card has")
 
     policy, v_star = copy_of(base), dict.fromkeys(keys(dialogues), 0.5)
@@ -2303,17 +2306,22 @@ def test_out_of_memory_the_micro_batches_are_halved_and_the_step_is_repeated(
 
 
 def test_out_of_memory_while_sampling_fewer_dialogues_are_played_at_a_time(base, problems, capsys):
-    config = A.Config(max_new_tokens=16, max_prompt_tokens=32)
+    config = A.Config(max_new_tokens=16, max_prompt_tokens=32, revisions=0)
     expected = A.rollout(base, problems[:8], config, 1)
+    progress, late = A.Progress("rollout", 100), []
 
     def small_card(_: object, args: tuple, kwargs: dict) -> None:
+        if progress.done and not late:  # once more, when some have been played
+            late.append(progress.done)
+            raise torch.OutOfMemoryError("fragmented")
         if kwargs["input_ids"].numel() > 60:
             raise torch.OutOfMemoryError("more than this card has")
 
     policy = copy_of(base)
     policy.model.model.register_forward_pre_hook(small_card, with_kwargs=True)
-    again = A.rollout(policy, problems[:8], config, 1)
+    again = A.rollout(policy, problems[:8], config, 1, progress=progress)
     assert [(d.ids, d.turns) for d in again] == [(d.ids, d.turns) for d in expected]
+    assert progress.done == 8 and late
     assert config.rollout_tokens < 2000 and "--rollout-tokens" in capsys.readouterr().out
     policy.model.model.register_forward_pre_hook(
         lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no card at all"))
