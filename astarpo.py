@@ -995,10 +995,11 @@ def collate(dialogues: Sequence[Dialogue], v_star: Baselines, device: torch.devi
 def accumulate(
     policy: Policy, ref: Policy, dialogues: Sequence[Dialogue], v_star: Baselines, config: Config
 ) -> dict[str, float]:
-    """Add up the gradient of (6), the mean over all turns of all dialogues. Returns what was seen.
+    """Add up, from zero, the gradient of (6): a mean over all turns of all dialogues.
 
     The dialogues are taken in micro-batches that fit into memory; their gradients add up, each
     weighted by its share of the turns, so that the sum does not depend on how they were cut.
+    Returns what was seen.
     """
     # (This number hangs on the verdicts, so to divide by it is a bias, of the order of 1 / batch.)
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
@@ -1301,14 +1302,17 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise UsageError(f"--model {name}: no such folder")
     else:
         print(f"{name} is no folder here: looking on the Hugging Face hub")
+    adapted = (path / "adapter_config.json").is_file()
+    if path.exists() and not adapted and not (path / "config.json").is_file():
+        raise UsageError(f"--model {name}: no config.json there, so this is no model folder")
+    if adapted:
+        import peft  # outside of the `try`: if it is missing, `main` says so
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
-        if (path / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            adapted = AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
-            model, info = adapted.merge_and_unload(), {"missing_keys": []}
+        if adapted:
+            model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
+            model, info = model.merge_and_unload(), {"missing_keys": []}
             model.had_adapters = True
         else:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -1333,10 +1337,12 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def load_policy(config: Config) -> Policy:
     """Load any causal language model of the Hugging Face format, ready to be trained."""
     device, dtype = choose_device(config.device, config.dtype)
+    if dtype == torch.float16 and config.parallel == "fsdp" and world()[1] > 1:
+        raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
     model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    # A tiny model is faster on one core: handing out its small products costs more than they do, and
-    # next to a busy process the cores wait for each other (seen: 20 times slower).
+    # A tiny model is faster on one core: handing out its small products costs more than they do,
+    # and next to a busy process the cores wait for each other (seen: 20 times slower).
     torch.set_num_threads(config.threads or (1 if size < 10 else os.cpu_count() or 1))
     print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
     print(f"{torch.get_num_threads()} CPU thread(s)")
@@ -1345,8 +1351,6 @@ def load_policy(config: Config) -> Policy:
     ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
     policy = Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
     half = dtype == torch.float16  # also what 'auto' takes on a GPU without bfloat16
-    if half and config.parallel == "fsdp":
-        raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
     policy.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
@@ -1593,7 +1597,8 @@ def saved_at_the_end(policy: Policy, folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise RunError(f"stopped; go on with 'train --resume {folder}'") from None
+        saved = f"; {folder}/checkpoint is the model as it is now" * (world()[1] == 1)
+        raise RunError(f"stopped; go on with 'train --resume {folder}'{saved}") from None
     finally:
         if world()[1] == 1 or sys.exc_info()[0] is None:
             save_model(policy, folder / "checkpoint")
@@ -1628,8 +1633,8 @@ def load_stage_one(path: str, mark: str, problems: list[Problem], config: Config
     head, *rows = [row for _, row in read_jsonl(Path(path))] or [None]
     if head != {"fingerprint": mark} or len(rows) != len(problems):
         raise UsageError(
-            f"--v-star {path} is cut off, or was made with other weights, problems or sampling "
-            "options; leave --v-star out to run stage 1 again"
+            f"--v-star {path} is cut off, or was made with other weights, problems, sampling "
+            "options or by another version; leave --v-star out to run stage 1 again"
         )
     dialogues = []
     for problem, row in zip(problems, rows):
@@ -2782,8 +2787,8 @@ def stop_if_sick(history: Sequence[dict[str, Any]]) -> None:
     """Raise RunError if no update was possible for some steps."""
     if len(history) >= WINDOW and all(m["skipped"] == 1 for m in history[-WINDOW:]):
         raise RunError(
-            f"no finite loss and gradient in {WINDOW} steps running, so the run stops: lower --lr, "
-            "or use --dtype float32"
+            f"no finite loss and gradient in {WINDOW} steps running, so the run stops with its "
+            "last good model: lower --lr, or use --dtype float32"
         )
 
 
@@ -3222,10 +3227,11 @@ def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
 
 
 # --- I. Runs that survive -------------------------------------------------------------------------
-# A long run is killed some day, and goes on as if nothing had happened. Its random numbers are a pure
-# function of what they are for (section 6), so the weights, AdamW's moments and the step are all that
-# it needs: they go into state-<step>.pt every --save-every steps, and stage 1's dialogues into a
-# journal, in parts of STAGE_ONE_PART. A file takes its name only when it is whole and on the disk.
+# A long run is killed some day, and goes on as if nothing had happened. Its random numbers are a
+# pure function of what they are for (section 6), so the weights, AdamW's moments and the step are
+# all that it needs: they go into state-<step>.pt every --save-every steps, and stage 1's dialogues
+# into a journal, in parts of STAGE_ONE_PART. A file takes its name only when it is whole and on the
+# disk.
 
 
 def due(every: int, step: int) -> bool:
@@ -3276,7 +3282,7 @@ def reopen_folder(path: str, about: dict[str, Any]) -> Path:
     if world()[0]:  # the other processes read what there is, and write into a copy
         copy_of, folder = folder, new_folder("")
         for item in copy_of.iterdir():
-            if item.is_dir() or item in states(copy_of):
+            if item.is_dir() or item.name.startswith("state-"):
                 (folder / item.name).symlink_to(item.resolve())
             else:
                 shutil.copy(item, folder)
@@ -3338,7 +3344,8 @@ def read_journal(path: Path, problems: Sequence[Problem], part: int) -> list[Dia
 
 def states(folder: Path) -> list[Path]:
     """The saved states of a run, the newest last."""
-    return sorted(folder.glob("state-*.pt"), key=lambda path: int(path.stem[6:]))
+    found = (path for path in folder.glob("state-*.pt") if path.stem[6:].isdigit())
+    return sorted(found, key=lambda path: int(path.stem[6:]))
 
 
 def save_state(
@@ -3351,7 +3358,7 @@ def save_state(
         "model": {n: w for n, w in weights.items() if n in learned},  # without a tied head's copy
         "optimizer": get_optimizer_state_dict(policy.model, optimizer, options=WHOLE),
         "scaler": policy.scaler.state_dict(),
-        "update_tokens": config.update_tokens,
+        "tokens": (config.rollout_tokens, config.update_tokens),  # see `within_memory`
     }
     if world()[0]:
         return
@@ -3375,6 +3382,8 @@ def restore(
     for state in reversed(states(folder)):
         try:
             saved = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(saved, dict) or "tokens" not in saved:
+                raise RuntimeError("not a state of this version")
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             print(f"{state} is of no use ({str(error)[:100]})")
             continue
@@ -3388,7 +3397,7 @@ def restore(
         set_model_state_dict(policy.model, saved["model"], options=WHOLE)
         set_optimizer_state_dict(policy.model, optimizer, saved["optimizer"], options=WHOLE)
         policy.scaler.load_state_dict(saved["scaler"])
-        config.update_tokens = saved["update_tokens"]
+        config.rollout_tokens, config.update_tokens = saved["tokens"]
     for name, rows in past.items():
         past[name] = [row for row in rows if row["step"] <= step]
         keep_rows(folder / f"{name}.jsonl", past[name])
@@ -3466,9 +3475,10 @@ def within_memory(work: Callable[[], Any], config: Config, option: str, least: i
         # Not in an `except`: the exception would keep alive what has filled the memory.
         tokens = getattr(config, option)
         if tokens <= least:
+            saving = "--gradient-checkpointing, --lora 32, " if option == "update_tokens" else ""
             raise RunError(
-                f"out of memory with {flag} {tokens}: try a lower one, --gradient-checkpointing, "
-                "--lora 32, or shorter responses"
+                f"out of memory with {flag} {tokens}: try {saving}shorter responses "
+                "(--max-new-tokens) or a smaller model"
             )
         setattr(config, option, max(least, tokens // 2))
         print(f"out of memory: from here on {flag} is {getattr(config, option)}")
@@ -4045,7 +4055,8 @@ def run_command(options: argparse.Namespace) -> None:
             raise UsageError("--resume goes on with the run's own options: leave the others out")
         _, config = unfinished_run(options.resume)
     join_processes(config.device)
-    config.model = config.model or newest_model()
+    if options.command in ("eval", "solve"):
+        config.model = config.model or newest_model()
     if options.command == "train":
         train(config, resume=options.resume is not None)
     elif options.command == "bench":
@@ -4080,7 +4091,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if status == 1 or os.environ.get("RANK", "0") == "0":  # bad input is seen by all processes
+    if (
+        status == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+    ):  # a machine's processes see the same
         print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 
