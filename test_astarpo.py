@@ -2093,6 +2093,14 @@ def test_a_state_holds_what_learns_once(finished):
         (lambda run: os.truncate(run / "state-2.pt", 999), "state-2.pt is of no use"),
         (lambda run: os.truncate(run / "state-2.pt", 2_000_000), "state-2.pt is of no use"),
         (lambda run: os.truncate(run / "state-2.pt", 0), "state-2.pt is of no use"),
+        (
+            lambda run: torch.save({1: 2}, run / "state-2.pt"),
+            "state-2.pt is of no use (not a state",
+        ),
+        (
+            lambda run: shutil.copy(run / "state-2.pt", run / "state-2-old.pt"),
+            "going on after step",
+        ),
         (lambda run: os.truncate(run / "metrics.jsonl", 1200), "metrics.jsonl, line 2: cut off"),
         (lambda run: half_a_line(run / "metrics.jsonl"), "metrics.jsonl, line 3: cut off"),
         (lambda run: half_a_line(run / "eval.jsonl"), "eval.jsonl, line 1: cut off"),
