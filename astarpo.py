@@ -1610,7 +1610,8 @@ def fingerprint(policy: Policy, problems: Sequence[Problem], config: Config) -> 
     texts = [(p.index, p.problem, p.answer) for p in problems]
     prompts = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT)
     first = policy.prompt_ids(problems[0])  # tells the tokenizer and its chat template
-    everything = json.dumps([2, weights_hash(policy.model), sampling, texts, prompts, first])
+    version = 2  # of v_star.jsonl
+    everything = json.dumps([version, weights_hash(policy.model), sampling, texts, prompts, first])
     return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
 
