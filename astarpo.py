@@ -1094,10 +1094,10 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     check_context(policy, config)
     problems = load_problems(config.train_data, config.train_limit, policy, config, "train")
     held_out = load_problems(config.eval_data, config.eval_limit, policy, config)
-    mark = fingerprint(policy, problems, config)
+    about = describe(config, policy)
+    mark = fingerprint(about["weights"], policy, problems, config)
     if config.v_star:  # if it does not fit, better now than after the evaluation
         load_stage_one(config.v_star, mark, problems, config)
-    about = describe(config, policy)
     folder = reopen_folder(config.out, about) if resume else new_folder(config.out)
     if not resume:
         write_json(folder / "config.json", about)
@@ -1337,7 +1337,8 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def load_policy(config: Config) -> Policy:
     """Load any causal language model of the Hugging Face format, ready to be trained."""
     device, dtype = choose_device(config.device, config.dtype)
-    if dtype == torch.float16 and config.parallel == "fsdp" and world()[1] > 1:
+    half = dtype == torch.float16  # also what 'auto' takes on a GPU without bfloat16
+    if half and config.parallel == "fsdp" and world()[1] > 1:
         raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
     model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -1350,7 +1351,6 @@ def load_policy(config: Config) -> Policy:
     ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
     ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
     policy = Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
-    half = dtype == torch.float16  # also what 'auto' takes on a GPU without bfloat16
     policy.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
@@ -1604,14 +1604,14 @@ def saved_at_the_end(policy: Policy, folder: Path) -> Iterator[None]:
             save_model(policy, folder / "checkpoint")
 
 
-def fingerprint(policy: Policy, problems: Sequence[Problem], config: Config) -> str:
+def fingerprint(weights: str, policy: Policy, problems: list[Problem], config: Config) -> str:
     """What stage 1's samples depend on (but for the seed: any sample of the reference will do)."""
     sampling = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
     texts = [(p.index, p.problem, p.answer) for p in problems]
     prompts = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT)
     first = policy.prompt_ids(problems[0])  # tells the tokenizer and its chat template
     version = 2  # of v_star.jsonl
-    everything = json.dumps([version, weights_hash(policy.model), sampling, texts, prompts, first])
+    everything = json.dumps([version, weights, sampling, texts, prompts, first])
     return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
 
@@ -4092,9 +4092,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if (
-        status == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
-    ):  # a machine's processes see the same
+    # Bad input is seen by all processes of a machine: the first of them tells.
+    if status == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 
