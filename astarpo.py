@@ -9,16 +9,31 @@ simple enough for one file:
   turns reinforcement learning into least squares. No critic, no group of samples at each step, no
   clipped ratio.
 * PAG ("PAG: Multi-Turn Reinforced LLM Self-Correction with Policy as Generative Verifier",
-  arXiv 2506.10406) lets the same model solve, then check itself, and revise only if its own check
-  says that the answer is wrong.
+  arXiv 2506.10406) lets the same model solve, then check itself, and revise unless its own check
+  says that the answer is correct.
 
-THE MATHEMATICS.  We want reward, but not at any price: the policy should stay near the model that
-we started from, the frozen *reference* pi_ref. With beta > 0 the price of leaving it:
+A DOZEN WORDS.
+
+  policy       the model that learns; pi(y|x) is the probability that it writes y after x
+  reference    the model that we started from, frozen: pi_ref
+  response     what the policy writes in one go, up to its end token: y
+  rollout      to let the policy write, token by token; also what it has written
+  reward       the number that says how good a response was: r
+  baseline     what we expected of the reward before we saw the response
+  advantage    reward less baseline: better or worse than expected?
+  log-ratio    log pi(y|x) - log pi_ref(y|x): how far the policy has moved, for this response
+  KL           the log-ratio's mean over the policy's own responses: how far it has moved at all
+  on-policy    learning from responses that the present policy wrote itself
+  turn         one response in a dialogue
+  role         what a turn is there for: to solve, to verify, to revise
+
+THE MATHEMATICS.  We want reward, but not at any price: the policy should stay near the reference.
+With beta > 0 the price of leaving it:
 
   (1)  maximise over pi    E_{y ~ pi} [ r(x, y) ]  -  beta * KL( pi(.|x) || pi_ref(.|x) )
 
 For one problem x this has an answer in closed form. Write the objective as
--beta * KL(pi || pi*) + V*(x) and read off that it is largest at pi = pi*, where
+V*(x) - beta * KL(pi || pi*) and read off that it is largest at pi = pi*, where
 
   (2)  pi*(y|x) = pi_ref(y|x) * exp( (r(x, y) - V*(x)) / beta )
   (3)  V*(x)    = beta * log E_{y ~ pi_ref} [ exp( r(x, y) / beta ) ]       (makes pi* sum to 1)
@@ -28,11 +43,11 @@ pi* cannot be computed (the sum runs over all responses), but take the logarithm
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
 The right side is the *optimal advantage*: the reward of this response less V*(x), the value of (1)
-for the best policy. (That is the A* in the name. It has nothing to do with A* search.) V*(x) is an
-average, less the price, so a response can lie above it or below. The left side is something that
-our policy can compute for any response, with itself in the place of pi*. So A*-PO is two
-stages (V^* below is our estimate of V*, a V with a hat; why its beta1 is not the beta2 of the loss,
-section 8 says):
+for the best policy. (That is the A* in the name. It has nothing to do with A* search.) The left
+side is something that our policy can compute for any response, with itself in the place of pi*.
+And V*(x) hangs on the reference alone, so it can be known before training begins: (3) is a mean
+over *its* responses. So A*-PO is two stages. (V^* below is our estimate of V*, a V with a hat. Why
+its beta1 may be another beta than the beta2 of the loss, section 8 says.)
 
   Stage 1, once, offline: N = 8 responses per problem from pi_ref, and from their rewards
   (5)  V^*(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
@@ -50,26 +65,25 @@ THE SYMBOLS.  Each equation has one place in the code, with the same letters:
   paper            here                      where
   x, y             problem, response         Problem, Turn
   r(x, y)          reward                    is_equiv(), dialogue_rewards()
-  pi, pi_ref       policy, ref               load_policy(), freeze()
-  log pi(y|x)      logp, ref_logp            token_logps(), accumulate()
-  V^*(x), (5)      v_star                    estimate_v_star()
-  (6)              loss                      astarpo_loss()
+  pi, pi_ref       policy, ref               Policy, freeze()
+  log pi(y|x)      logp, ref_logp            token_logps(), update()
+  V^*(x), (5)      v_star                    estimate_v_star(), stage_one()
+  (6)              loss                      astarpo_loss(), update()
   beta1, beta2     beta1, beta2              Config
   N                num_samples               Config, stage_one()
-  acc1, acc2       correct[0], correct[1]    Dialogue
+  acc1, acc2       correct[0], correct[1]    dialogue_rewards()
   alpha            alpha                     Config, dialogue_rewards()
 
-CONTENTS.  Part I is the lesson; read it from here to the end, in one evening. Part II is the
-appendix: what the lesson needs around it.
+CONTENTS.  Part I is the lesson; read it from here to its end, in one evening. What follows is the
+appendix: what the lesson needs around it. The lesson can be understood without it.
 
   Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
             6 sampling      7 V*          8 the loss  9 PAG's turns
            10 training     11 evaluation
   Part II   A errors and progress   B loading and saving   C the algebra of answers
             D the report            E the numbers          F watching a run
-            G our own problems      H the base model       I runs that survive
-            J large models, several devices                K speed
-            L the command line
+            G runs that survive     H large models, several devices
+            I the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
             python astarpo.py eval
@@ -79,7 +93,6 @@ RUN IT.     python astarpo.py train         (about a minute on a laptop; no down
 from __future__ import annotations
 
 import argparse
-import atexit
 import cmath
 import contextlib
 import copy
@@ -91,18 +104,15 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
 import sys
-import tempfile
 import textwrap
 import time
 import types
 import warnings
-import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -117,7 +127,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from huggingface_hub.utils import logging as hub_logging
-from tokenizers import AddedToken
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -128,19 +137,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
-    GenerationConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
 )
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -152,71 +156,93 @@ HERE = Path(__file__).resolve().parent
 
 # --- 1. The options -------------------------------------------------------------------------------
 # A run's options are the fields of Config: the command line, its help and config.json are all made
-# from this one list. beta1, beta2, N and alpha are the papers'. The sizes (steps, batch, lengths,
-# learning rate), `minibatches` and how to evaluate fit the small base model that comes with this
-# file; the presets in Part II, L have the values for a real one.
+# from this one list. beta1, beta2, N and alpha are the papers'. Steps, batch, lengths and learning
+# rate fit the small base model that comes with this file; the presets at the very end of the file
+# have the values for a real one. The lesson needs the first group only.
 
 
 def option(
-    default: Any, text: str, low: float = 0, high: float = math.inf, choices: Sequence[str] = ()
+    default: Any,
+    text: str,
+    within: tuple[float, float] = (0, math.inf),
+    choices: Sequence[str] = (),
+    on: str = "train",
 ) -> Any:
-    """A Config field that carries its own help text and the values that make sense."""
-    limits = {"low": low, "high": high, "choices": choices}
-    return field(default=default, metadata={"help": text, **limits})
+    """A Config field with its help text, the values that make sense, and the commands it is for."""
+    return field(default=default, metadata={"help": text, "within": within, "choices": choices,
+                                            "on": on.split()})  # fmt: skip
+
+
+AT_LEAST_1 = (1, math.inf)
+BOTH, ALL = "train eval", "train eval solve"
 
 
 @dataclass
 class Config:
     """All options of a run. `train(Config(steps=10))` is `python astarpo.py train --steps 10`."""
 
-    model: str = option("data/base", "the model to start from: a folder, a run or a hub id")
-    train_data: str = option("data/train.jsonl", "JSONL file, folder or hub id to train on")
-    eval_data: str = option("data/test.jsonl", "JSONL file, folder or hub id of held-out problems")
-    out: str = option("", "new folder for the results (default: runs/<date-time>)")
-    seed: int = option(0, "seed of every random choice", high=2**63 - 1)
+    model: str = option("data/base", "a model's folder, a run or a hub id", on=ALL)
+    train_data: str = option("data/train.jsonl", "file, folder or hub id to train on")
+    eval_data: str = option("data/test.jsonl", "the same, of held-out problems", on=BOTH)
+    out: str = option("", "new folder for the results (default: runs/<date-time>)", on=BOTH)
+    seed: int = option(0, "seed of every random choice", on=ALL)
     steps: int = option(40, "stage 2: number of rollout batches")
-    batch_size: int = option(64, "stage 2: problems a batch, one dialogue each", low=1)
-    minibatches: int = option(1, "updates a batch; more than 1 is off-policy (paper: 2)", low=1)
-    lr: float = option(3e-4, "AdamW's learning rate after warm-up", high=1)
-    warmup: int = option(3, "steps over which the learning rate rises to --lr")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", low=1e-9)
-    beta1: float = option(0.5, "temperature of V* in (5), in units of reward", 1e-6, 1e6)
-    beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", low=1e-9)
-    num_samples: int = option(8, "stage 1: responses a problem (N)", low=1)
+    batch_size: int = option(64, "stage 2: problems a batch, one dialogue each", AT_LEAST_1)
+    lr: float = option(3e-4, "AdamW's learning rate after warm-up", (0, 1))
+    beta1: float = option(0.5, "temperature of V* in (5), in units of reward", (1e-6, 1e6))
+    beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", (1e-9, math.inf))
+    num_samples: int = option(8, "stage 1: responses a problem (N)", AT_LEAST_1)
     baseline: str = option("vstar", "what is subtracted from r", choices=("vstar", "mean", "zero"))
-    drop_unsolved: bool = option(False, "leave out problems that no stage-1 sample solved")
-    v_star: str = option("", "reuse this v_star.jsonl of an earlier run instead of stage 1")
     alpha: float = option(1.0, "PAG: weight of the change in a revision's reward")
-    revisions: int = option(1, "PAG: rounds of verify and revise; 0 is A*-PO alone", high=10)
-    max_prompt_tokens: int = option(128, "longer problems are left out (tokens)", low=1)
-    max_new_tokens: int = option(64, "longest response of one turn (tokens)", low=1)
-    temperature: float = option(1.0, "sampling temperature; 0 is greedy (eval only)", high=100)
-    problem_column: str = option("", "column of the problem's text (default: the common names)")
-    answer_column: str = option("", "column of the answer or worked solution (default: likewise)")
+    revisions: int = option(
+        1, "PAG: rounds of verify and revise; 0 is A*-PO alone", (0, 10), on=ALL
+    )
+    max_new_tokens: int = option(64, "longest response of one turn (tokens)", AT_LEAST_1, on=ALL)
+    temperature: float | None = option(
+        None, "of sampling (default: 1 in training, else 0: greedy)", (0, 100), on=ALL
+    )
+
+    # For real models, other data and long runs:
+    max_prompt_tokens: int = option(
+        128, "longer problems are left out (tokens)", AT_LEAST_1, on=ALL
+    )
     train_limit: int = option(256, "use the first so many training problems (0: all)")
-    eval_limit: int = option(500, "evaluate on the first so many held-out problems (0: all)")
+    eval_limit: int = option(
+        500, "evaluate on the first so many held-out problems (0: all)", on=BOTH
+    )
+    problem_column: str = option("", "column of the problem's text (default: usual ones)", on=BOTH)
+    answer_column: str = option("", "column of the answer or worked solution (likewise)", on=BOTH)
+    v_star: str = option("", "begin with this v_star.jsonl of an earlier run")
+    drop_unsolved: bool = option(False, "leave out problems that no stage-1 sample solved")
+    minibatches: int = option(1, "updates a batch; above 1 is off-policy (paper: 2)", AT_LEAST_1)
+    warmup: int = option(3, "steps over which the learning rate rises to --lr")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", (1e-9, math.inf))
     eval_every: int = option(0, "evaluate every so many steps and keep the best model (0: never)")
     save_every: int = option(10, "keep a state to resume from every so many steps (0: never)")
     log_to: str = option("none", "send the metrics to", choices=("none", "tensorboard", "wandb"))
-    samples: int = option(1, "eval: dialogues a problem (K)", low=1)
-    top_p: float = option(1.0, "eval: sample from the likeliest tokens, of this share", 1e-6, 1)
-    compare: str = option("", "eval: a second model, or run, on the same problems")
-    rollout_tokens: int = option(
-        32768, "sampling: tokens in the key/value cache at a time, about", low=1
+    samples: int = option(1, "dialogues a problem (K)", AT_LEAST_1, on="eval")
+    top_p: float = option(
+        1.0, "sample from the likeliest tokens, of this share", (1e-6, 1), on="eval"
     )
-    update_tokens: int = option(512, "update: tokens of one pass, with padding", low=1)
+    compare: str = option("", "a second model, or run, on the same problems", on="eval")
+    rollout_tokens: int = option(
+        32768, "sampling: tokens in the key/value cache at a time", AT_LEAST_1, on=BOTH
+    )
+    update_tokens: int = option(512, "update: tokens of one pass, with padding", AT_LEAST_1)
     gradient_checkpointing: bool = option(False, "compute activations twice, to save memory")
-    lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", high=4096)
+    lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", (0, 4096))
     parallel: str = option("ddp", "how torchrun's processes share", choices=("ddp", "fsdp"))
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = option("auto", "compute in", choices=("auto", "float32", "bfloat16", "float16"))
-    threads: int = option(0, "CPU threads (0: 1 below 10M parameters, else all)", high=1024)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", on=ALL)
+    dtype: str = option(
+        "auto", "compute in", choices=("auto", "float32", "bfloat16", "float16"), on=ALL
+    )
+    threads: int = option(0, "CPU threads (0: 1 below 10M parameters, else all)", (0, 1024), on=ALL)
 
 
 # --- 2. Problems ----------------------------------------------------------------------------------
 # A problem is a text and the answer that we can check. That is all the supervision there is: the
-# worked `solution` that many data sets carry is never shown to the policy. The schema is that of
-# MATH (Hendrycks et al. 2021); Part II, B reads the columns of other sets into it.
+# worked `solution` that many data sets carry is never shown to the policy. The fields are those of
+# MATH (Hendrycks et al. 2021); `load_problems`, in the appendix, reads files and hub data sets.
 
 
 @dataclass(frozen=True)
@@ -349,9 +375,9 @@ def verify(text: str | None, gold: str | None) -> bool:
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
 # between two responses the ids of the markers and of our next request: the *bridge*.
 #
-# `load_policy` (Part II, B) makes a Policy of a model's folder. The model stays in eval mode for
-# ever, also while it learns: dropout would make log pi differ from log pi_ref before the first
-# update, and (6) is a statement about exactly that difference.
+# The model stays in eval mode for ever, also while it learns: dropout would make log pi differ from
+# log pi_ref before the first update, and (6) is a statement about exactly that difference.
+# (`load_policy`, in the appendix, makes a Policy of a model's folder.)
 
 # The requests, after those in PAG's appendix. They are all that we ever say to the model.
 SOLVE_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -375,17 +401,16 @@ class Policy:
     end_ids: tuple[int, ...]  # the tokens that end a response: a chat model can have several
     device: torch.device
     dtype: torch.dtype  # what the matrix products are computed in
-    top_p: float = 1.0  # evaluation may sample from the likeliest tokens alone; training may not
     adapters: bool | None = None  # LoRA: does this policy use them? None: there are none
-    scaler: torch.amp.GradScaler = field(  # of the loss, for float16 only
+    scaler: torch.amp.GradScaler = field(  # keeps float16's small gradients; else it does nothing
         default_factory=lambda: torch.amp.GradScaler(enabled=False)
     )
-    step: Any = field(default=None, init=False)  # the recorded step (Part II, K), when there is one
+    prompts: dict[Problem, list[int]] = field(default_factory=dict)  # those encoded so far
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Compute as this policy: in its dtype (while the weights that learn stay float32, so that
-        an update of 1e-6 is not rounded off), and with or without the adapters."""
+        an update of 1e-6 is not rounded off), and with or without its LoRA adapters."""
         if self.adapters is not None:
             switch_adapters(self.model, self.adapters)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -393,13 +418,16 @@ class Policy:
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The first request, up to where the model's first response begins."""
-        request = SOLVE_PROMPT.replace("{problem}", problem.problem)
-        messages = [{"role": "user", "content": request}]
-        return encode(self.tokenizer, render(self.tokenizer, messages))
+        if problem not in self.prompts:
+            request = SOLVE_PROMPT.replace("{problem}", problem.problem)
+            text = render(self.tokenizer, [{"role": "user", "content": request}])
+            self.prompts[problem] = encode(self.tokenizer, text)
+        return self.prompts[problem]
 
     def bridge_ids(self, request: str, ended: bool) -> list[int]:
         """The ids between a response and the next one. A response that was cut off (not `ended`)
-        lacks its end token; then the bridge begins with it, forced and never scored."""
+        lacks its end token; then the bridge begins with it, forced and never scored.
+        (`bridge_text` finds out what the chat template writes there.)"""
         ids = encode(self.tokenizer, bridge_text(self.tokenizer, request))
         return ids[1:] if ended and ids[0] in self.end_ids else ids
 
@@ -419,32 +447,31 @@ def freeze(policy: Policy) -> Policy:
     same weights with the adapters off, and no second copy exists."""
     if policy.adapters:
         return dataclasses.replace(policy, adapters=False)
-    return dataclasses.replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    for layer in model.modules():  # what never learns can be kept as it is computed with
+        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
+            layer.to(policy.dtype)
+    return dataclasses.replace(policy, model=model)
 
 
 # --- 6. Sampling ----------------------------------------------------------------------------------
 # A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
 # or top-p: equation (6) speaks about the policy itself, not about a sharpened cousin of it. (With
 # --temperature T, pi and pi_ref both mean the model at T, here and in section 8.) It is also where
-# the time goes. Four things make it fast, each of them exact:
+# most of the time goes. Three things make it fast, each of them exact:
 #
-# * a *cache* of keys and values, so that each new token costs one token's work. A dialogue of
-#   several turns (section 9) keeps its cache: a turn reads the bridge, not everything again;
-# * many rows at once, and most of them busy. Responses differ a lot in length, and a batch that
-#   waits for its longest one is nearly empty for most of the time. Here a dialogue whose turn has
-#   ended goes on with its next one, or makes room for another dialogue (`play` in section 9). So
-#   the rows differ in length and in turn. The cache has holes, a mask says which cells are real,
-#   and the position of a token counts only the real ones before it;
-# * what several rows have in common is read once: stage 1 asks each problem N times;
-# * the step from token to token is recorded, and repeated without Python.
-#
-# Part II, K has the mechanics: `left_pad`, `join_rows`, `join_memories`, `record`. And for the
-# rest of this lesson: where one process works alone, `deal`, `collect`, `gathered` and their like
-# (Part II, J) hand on what they are given.
+# * a *key/value cache*: what the model computed about earlier tokens is kept, so that a new token
+#   costs one token's work;
+# * a batch: many responses are written at once. Prompts differ in length, so the shorter ones get
+#   padding on the left, a mask hides it, and positions count only what the mask shows. Responses
+#   end at different times, so those that have ended leave the batch, but not one by one: to take
+#   rows out copies the cache, so we wait until half of them have ended;
+# * equal prompts are read once: stage 1 asks each problem N times.
 #
 # No random state is kept. The token at one place of one turn of one sample of one problem is
 # chosen by a number u in [0, 1) hashed from exactly those counters. So the order of batches does
-# not matter, no generator state needs to be saved, and a run can be repeated to the last digit.
+# not matter, no generator's state needs to be saved, and on one machine's CPU a run can be repeated
+# to the last digit.
 
 
 def uniform(*counters: Any) -> np.ndarray:
@@ -483,106 +510,61 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
     return token.clamp(max=p.shape[1] - 1)  # a sick model's nan must not become an index error
 
 
-class Memory:
-    """What the model has read of B dialogues: its key/value cache, and which cells are real."""
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.cells: list[Tensor] = []  # each layer's keys and values (B, heads, T, head width)
-        self.mask = torch.zeros(rows, 0, dtype=torch.bool, device=device)  # (B, T)
-        self.used = 0  # of the T columns; those after them are free
-
-    def read(self, policy: Policy, ids: Tensor, real: Tensor) -> Tensor:
-        """Let the model read ids (B, P), of which those not `real` are padding: logits (B, V) for
-        the token after the last column, in float32. (There must be no free columns.)"""
-        before = self.mask.sum(1, keepdim=True)  # (B, 1) tokens read so far
-        positions = (before + real.cumsum(1) - 1).clamp(min=0)  # (B, P)
-        self.mask = torch.cat([self.mask, real], dim=1)  # (B, T + P)
-        cache = DynamicCache(zip(self.cells[::2], self.cells[1::2]))
-        with policy.active():
-            logits = policy.model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,  # (B, 1, V): while reading only the last place matters
-            ).logits
-        # Rotating the keys makes them float32 under autocast; attention would round them each time.
-        both = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
-        self.cells = [tensor.to(policy.dtype) for tensor in both]
-        self.used = self.mask.shape[1]
-        return logits[:, -1].float()
-
-    def read_one(self, policy: Policy, token: Tensor, real: Tensor) -> Tensor:
-        """Let the model read token (B,) in the next free column: logits (B, V), in float32."""
-        if self.used == self.mask.shape[1]:
-            everyone = torch.arange(len(token), device=token.device)
-            vars(self).update(vars(join_memories([(self, everyone)], roomy=True)))
-        positions = self.mask.sum(1, keepdim=True)  # (B, 1)
-        self.mask[:, self.used] = real
-        column = torch.tensor(self.used, device=token.device)
-        inputs = (token[:, None], positions, self.mask, column, *self.cells)
-        with policy.active(), torch.jit.optimized_execution(False):  # repeated as it is, unfused
-            policy.step = policy.step or record(policy, inputs)
-            logits = policy.step(*inputs)
-        self.used += 1
-        return logits.float()
+def read(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """Let the model read ids (B, P), the last P columns of mask (B, T): of what it has read so far,
+    kept in the cache, and of ids, which are no padding? Logits (B, V) for the next token."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, P)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,  # (B, 1, V): while reading only the last place matters
+    ).logits
+    for layer in cache.layers:  # under autocast, rotated keys come in float32: twice the memory
+        layer.keys = layer.keys.to(layer.values.dtype)
+    return logits[:, -1].float()
 
 
-@dataclass
-class Rows:
-    """Responses under way, one a row, and all that is needed to go on with them."""
+def sample(
+    policy: Policy, prompts: Sequence[Sequence[int]], u: np.ndarray, config: Config
+) -> list[list[int]]:
+    """One response to each of B prompts, at most L tokens long, with its end token if it ended.
 
-    memory: Memory
-    logits: Tensor  # (B, V) for the next token
-    numbers: Tensor  # (B, L + 1) the uniform number for each place of the response, float64
-    tokens: Tensor  # (B, L + 1) the response so far; L is the most that it may have
-    length: Tensor  # (B,) how long it is
-    ended: Tensor  # (B,) by its end token or at L
-
-    @staticmethod
-    def begin(
-        policy: Policy, memory: Memory | None, unread: Sequence[tuple[int, ...]], u: np.ndarray
-    ) -> Rows:
-        """Let the model read what comes before the responses.
-
-        memory: what it has read so far. If that is nothing (None), equal texts are read only once:
-        stage 1 asks for N responses to the same problem.
-        """
-        if memory is None:
-            row_of = {text: row for row, text in enumerate(dict.fromkeys(unread))}
-            memory = Memory(len(row_of), policy.device)
-            logits = memory.read(policy, *left_pad([*row_of], policy.device))
-            rows = torch.tensor([row_of[text] for text in unread], device=policy.device)
-            if len(row_of) < len(rows):
-                memory, logits = join_memories([(memory, rows)], roomy=False), logits[rows]
-        else:
-            logits = memory.read(policy, *left_pad(unread, policy.device))
-        numbers = torch.from_numpy(u).to(policy.device)
-        length = torch.zeros(len(u), dtype=torch.long, device=policy.device)
-        return Rows(memory, logits, numbers, torch.zeros_like(numbers).long(), length, length < 0)
-
-    def write(self, policy: Policy, temperature: float) -> None:
-        """Write all responses on, token by token, until half of the rows have ended (and not the
-        first one only: to exchange rows costs a copy of the cache)."""
-        ends = torch.tensor(policy.end_ids, device=policy.device)
-        longest = self.tokens.shape[1] - 1  # an ended row babbles on, one place behind its end
-        running = len(self.ended)
-        while running > len(self.ended) / 2:
-            place = self.length[:, None]  # (B, 1)
-            u = self.numbers.gather(1, place)[:, 0]  # (B,)
-            token = pick(self.logits, u, temperature, policy.top_p)  # (B,)
-            self.tokens.scatter_(1, place, token[:, None])
-            self.length += ~self.ended
-            self.ended |= torch.isin(token, ends) | (self.length == longest)
-            running = int((~self.ended).sum())
-            if running:
-                self.logits = self.memory.read_one(policy, token, ~self.ended)
-
-    def responses(self) -> list[list[int]]:
-        """The tokens of the responses that have ended."""
-        tokens, lengths = self.tokens[self.ended].tolist(), self.length[self.ended].tolist()
-        return [row[:length] for row, length in zip(tokens, lengths)]
+    u: (B, L), the number that chooses each token. Config says temperature and top_p.
+    """
+    texts = list(dict.fromkeys(map(tuple, prompts)))
+    row_of = {text: row for row, text in enumerate(texts)}
+    tensors = [torch.tensor(text, device=policy.device) for text in texts]
+    ids = pad_sequence(tensors, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(t) for t in tensors], True, padding_side="left")
+    cache = DynamicCache(config=policy.model.config)
+    ends = torch.tensor(policy.end_ids, device=policy.device)
+    numbers = torch.from_numpy(u).to(policy.device)
+    written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
+    with policy.active():  # once: what it has cast to half precision serves all tokens
+        logits = read(policy.model, ids, mask, cache)  # (distinct prompts, V)
+        rows = torch.tensor([row_of[tuple(p)] for p in prompts], device=policy.device)
+        if len(texts) < len(rows):
+            cache.batch_select_indices(rows)
+            logits, mask = logits[rows], mask[rows]  # (B, V), (B, T)
+        rows = torch.arange(len(rows), device=policy.device)  # whose responses are in the batch
+        running = rows >= 0  # all of them
+        for place in range(u.shape[1]):
+            token = pick(logits, numbers[rows, place], config.temperature, config.top_p)  # (B,)
+            written[rows[running], place] = token[running]
+            running = running & ~torch.isin(token, ends)
+            left = int(running.sum())
+            if left == 0 or place + 1 == u.shape[1]:
+                break
+            if left <= len(rows) / 2:  # those that have ended leave
+                stay = running.nonzero()[:, 0]
+                cache.batch_select_indices(stay)
+                rows, token, mask, running = rows[stay], token[stay], mask[stay], running[stay]
+            mask = F.pad(mask, (0, 1), value=1)
+            logits = read(policy.model, token[:, None], mask, cache)
+    return [[token for token in row if token >= 0] for row in written.tolist()]
 
 
 # --- 7. V*: how good could the best policy be? ----------------------------------------------------
@@ -590,8 +572,10 @@ class Rows:
 # give (5). Look at what kind of mean that is. For beta1 -> infinity it is the plain mean of the
 # rewards, for beta1 -> 0 their maximum, and in between, at 0.5, one right answer in eight gives
 # V^* = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
-# would choose that response far more often than the reference does. (The logarithm is concave, so
-# on average (5) is a little too low: its bias.)
+# would choose that response far more often than the reference does. Why not the beta2 = 0.001 of
+# the loss? At 0.001 the same eight samples give 0.998: every problem that was solved once looks as
+# good as solved, and V^* no longer tells an easy problem from a hard one. (The logarithm is
+# concave, so on average (5) is a little too low: its bias.)
 
 
 def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
@@ -620,9 +604,15 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 # the same optimum, pi_ref * exp(r/beta2) / Z; a good one takes variance away: a problem that the
 # reference always solves, or never, has r = V^* and teaches nothing at first. That is why beta1 may
 # differ from beta2, why the bias of (5) with N = 8 does no harm, and why a value pooled over
-# problems can stand in for a missing one. It would NOT be so off-policy: fit (6) to a fixed set of
-# responses and a wrong V gives a wrong policy. The tests show both on a policy so small that all
-# its responses can be listed.
+# problems can stand in for a missing one.
+#
+# It would NOT be so off-policy. Over a fixed set of responses the average of grad log pi is not
+# zero, so V^* stays in the gradient, and the regression bends the policy until its log-ratios fit
+# the wrong V as well as they can. The tests show both on a policy so small that all its responses
+# can be listed.
+#
+# Do not wait for the loss to reach 0. With so small a beta2 the log-ratio's term hardly counts, and
+# what remains is the square of r - V^*: the better the policy, the more often r = 1 > V^*.
 #
 # The log-probability of a response is the sum over its tokens, up to and including the token that
 # ends it. The sum, not the mean: (6) speaks of pi(y|x). What we said to the model (prompts,
@@ -646,13 +636,14 @@ def astarpo_loss(
     return (beta2 * log_ratio - advantage).square().mean()
 
 
-LOGIT_CELLS = 2**26  # float32 logits at a time: 256 MiB a copy
+LOGITS_AT_A_TIME = 2**26  # in float32: 256 MiB a copy
 
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row."""
-    with policy.active(), recomputing(policy.model):
-        return method_of(policy.model, score_tokens)(ids, scored, temperature)
+    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row.
+    (`method` is the call itself, but for torchrun's fsdp and --gradient-checkpointing.)"""
+    with policy.active(), method(policy.model, score_tokens) as score:
+        return score(ids, scored, temperature)
 
 
 def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) -> Tensor:
@@ -673,7 +664,7 @@ def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) ->
         logits = head(h).float() / temperature  # (m, V)
         return -F.cross_entropy(logits, target, reduction="none")  # (m,)
 
-    size = max(1, LOGIT_CELLS // head.weight.shape[0])
+    size = max(1, LOGITS_AT_A_TIME // head.weight.shape[0])
     if len(targets) <= size:
         return logps(hidden, targets)
     pieces = zip(hidden.split(size), targets.split(size))
@@ -685,7 +676,7 @@ def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) ->
 # all played by the same policy: it solves; we ask it to check its solution; unless its verdict is
 # "correct" we ask it to try again. The "unless" matters: a model that is always asked to revise
 # learns to give its best answer at once and then to repeat it (the *collapse* that the paper
-# describes); one that revises only what it has judged wrong must learn to judge.
+# describes); one that revises only what it did not find correct must learn to judge.
 #
 # For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward
 # is its own (`dialogue_rewards`). Its V^* is that of the problem and its *role*: to solve and to
@@ -693,11 +684,11 @@ def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) ->
 # nobody has N samples of it. Ours, too, is fixed before the turn begins, so section 8 holds.)
 ROLES = ("solve", "verify", "revise")
 
-# What a check says is read off its last sentence only, and only in the words that the prompt asks
-# for ("So" may come before them). A check that wanders on after its verdict, or hedges it, has
-# given none: None earns no reward and counts as a miss.
+# What a check says is read off its last sentence only, and only in the words that the request asks
+# for ("So" or "But no:" may come before them). A check that wanders on after its verdict has given
+# none: None earns no reward, counts as a miss, and leads to a revision.
 VERDICT = re.compile(
-    r"""(?:^|[.!?\n])[\s*"']*(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
+    r"""(?:^|[.!?:\n])[\s*"']*(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
     r"""the answer is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"']*$""",
     re.IGNORECASE,
 )
@@ -724,6 +715,8 @@ def dialogue_rewards(
 
     >>> dialogue_rewards([False, True], [False], alpha=1.0)    # wrong; "wrong"; mended
     [0.0, 1.0, 2.0]
+    >>> dialogue_rewards([True, False], [False], alpha=1.0)    # right; "wrong"; broken
+    [1.0, 0.0, -1.0]
     """
     rewards = [float(correct[0])]
     for k, verdict in enumerate(verdicts):
@@ -753,10 +746,9 @@ class Dialogue:
     """A problem and everything that was said: `ids` are the exact tokens, turn after turn."""
 
     problem: Problem
-    ids: list[int] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
+    ids: list[int]
     sample: int = 0  # tells the dialogues about one problem apart
-    read: int = 0  # how many of the ids the model's memory has read
+    turns: list[Turn] = field(default_factory=list)
 
     @property
     def attempts(self) -> list[Turn]:
@@ -776,41 +768,34 @@ class Dialogue:
             turn.reward = reward
 
 
-def next_role(dialogue: Dialogue, turns: float = math.inf) -> str | None:
-    """What comes next in a dialogue of at most so many turns; None if it is over. A check without
-    a verdict leads to a revision, like "wrong", in training and in evaluation."""
+def next_role(dialogue: Dialogue) -> str | None:
+    """What comes next in a dialogue; None after "correct"."""
     done = len(dialogue.turns)
-    if done >= turns or (done > 0 and dialogue.turns[-1].verdict is True):
+    if done > 0 and dialogue.turns[-1].verdict is True:
         return None
     return "solve" if done == 0 else ("revise", "verify")[done % 2]
 
 
-def begin_turns(
-    policy: Policy, dialogues: Sequence[Dialogue], memory: Memory | None, config: Config, step: int
-) -> Rows:
-    """Say what comes before each dialogue's next response, and let the model read it."""
-    for dialogue in dialogues:
-        role = next_role(dialogue)
-        if role != "solve":
-            request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
-            dialogue.ids += policy.bridge_ids(request, ended=dialogue.turns[-1].ended)
+def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
+    """The same next turn in each dialogue: what we say, what the policy writes, what we read off.
+
+    The key/value cache of earlier turns is gone: a turn reads its dialogue again. To keep it for
+    rows that come and go costs more lines than time.
+    """
+    role = next_role(dialogues[0])
+    if role != "solve":
+        request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
+        bridges = {ended: policy.bridge_ids(request, ended) for ended in (True, False)}
+        for dialogue in dialogues:
+            dialogue.ids += bridges[dialogue.turns[-1].ended]
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
-    index, sample, turn = np.array(counters).T[:, :, None]
-    places = np.arange(config.max_new_tokens + 1)
-    u = uniform(config.seed, step, index, sample, turn, places).reshape(len(dialogues), -1)
-    # The last token of the turn before has been written but not read yet: it goes first.
-    unread = [tuple(dialogue.ids[dialogue.read :]) for dialogue in dialogues]
-    return Rows.begin(policy, memory, unread, u)
-
-
-def end_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[list[int]]) -> None:
-    """Add the responses to their dialogues, and read off their texts what they say."""
+    index, number, turn = np.array(counters).T[:, :, None]
+    u = uniform(config.seed, step, index, number, turn, np.arange(config.max_new_tokens))
+    responses = sample(policy, [dialogue.ids for dialogue in dialogues], u, config)
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
         start = len(dialogue.ids)
         dialogue.ids += response
-        dialogue.read = len(dialogue.ids) - 1
-        role = next_role(dialogue)  # of the turn that is yet to be appended
         turn = Turn(role, start, len(dialogue.ids), text, response[-1] in policy.end_ids)
         if role == "verify":
             turn.verdict = parse_judgment(text)
@@ -821,100 +806,51 @@ def end_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[lis
 
 
 @torch.inference_mode()
-def play(
-    policy: Policy,
-    dialogues: Sequence[Dialogue],
-    turns: int,
-    config: Config,
-    step: int,
-    temperature: float,
-    progress: Progress | None = None,
-) -> None:
-    """Play dialogues to their end, as many at a time as the cells allow, and pay them.
-
-    When half of the rows have ended, their dialogues go on with their next turn, or are over and
-    leave their places to new ones. So the rows are in different turns, and most of them are busy.
-    """
-
-    def limit(dialogue: Dialogue) -> int:  # roughly: without bridges and free cells
-        return len(dialogue.ids) + (turns - len(dialogue.turns)) * config.max_new_tokens
-
-    waiting = deque(sorted(dialogues, key=limit, reverse=True))  # so the next is the widest
-    playing: list[Dialogue] = []
-    rows: Any = None  # their rows, in their order
-    while waiting or playing:
-        parts: list[tuple[Rows, list[int]]] = []
-        if playing:
-            ended = rows.ended.tolist()
-            end_turns(policy, [*itertools.compress(playing, ended)], rows.responses())
-            busy = [i for i, end in enumerate(ended) if not end]
-            again = [i for i, end in enumerate(ended) if end and next_role(playing[i], turns)]
-            over = len(playing) - len(busy) - len(again)
-            if progress and over:
-                progress.advance(over * world()[1])
-            playing = [playing[i] for i in busy + again]
-            if busy:
-                parts.append((rows, busy))
-            if again:
-                chosen = torch.tensor(again, device=policy.device)
-                memory = join_memories([(rows.memory, chosen)], roomy=False)
-                begun = begin_turns(policy, playing[len(busy) :], memory, config, step)
-                parts.append((begun, [*range(len(again))]))
-        widest = max(map(limit, [*playing, *itertools.islice(waiting, 1)]), default=1)
-        room = max(config.rollout_tokens // widest - len(playing), not playing)  # at least one
-        fresh = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-        if fresh:
-            parts.append((begin_turns(policy, fresh, None, config, step), [*range(len(fresh))]))
-            playing += fresh
-        if playing:
-            rows = join_rows(parts)
-            rows.write(policy, temperature)
-    for dialogue in dialogues:
-        dialogue.pay(config.alpha)
-
-
 def rollout(
     policy: Policy,
-    problems: Sequence[Problem],
+    dialogues: Sequence[Dialogue],
     config: Config,
     step: int,
-    samples: Sequence[int] | None = None,
-    temperature: float | None = None,
-    progress: Progress | None = None,
+    turns: int | None = None,
 ) -> list[Dialogue]:
-    """Dialogues about all problems, in their order.
+    """Play dialogues to their end (or to so many turns), turn by turn; all of them, in order.
 
-    step: which rollout this is, for the random numbers (0: stage 1; k: step k; -1: evaluation);
-    samples[i] numbers repeated dialogues about one problem. With several processes each plays its
-    share, and all get all.
+    step: which rollout this is, for the random numbers (0: stage 1; k: step k; -1: evaluation).
+    With several processes, `deal` gives each of them its share and `collect` gives all to all.
     """
-    temperature = config.temperature if temperature is None else temperature
-    samples = itertools.repeat(0) if samples is None else samples
-    prompts = {problem: policy.prompt_ids(problem) for problem in set(problems)}
-    mine = deal([*zip(problems, samples)])
-    turns, done = 1 + 2 * config.revisions, progress.done if progress else 0
-
-    def work() -> list[Dialogue]:
-        dialogues = [Dialogue(p, [*prompts[p]], sample=sample) for p, sample in mine]
-        if progress:
-            progress.done = done
-        play(policy, dialogues, turns, config, step, temperature, progress)
-        return dialogues
-
-    with gathered(policy.model):
-        least = config.max_prompt_tokens + turns * config.max_new_tokens
-        dialogues = within_memory(work, config, "rollout_tokens", least)
-    return collect(dialogues, len(problems))
+    most, mine = turns or 1 + 2 * config.revisions, deal(dialogues)
+    with gathered(policy.model):  # fsdp keeps slices of the weights; here they are wanted whole
+        while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
+            lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in going]
+            for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
+                play_turn(policy, [going[i] for i in batch], config, step)
+    for dialogue in mine:
+        dialogue.pay(config.alpha)
+    return collect(mine, len(dialogues))
 
 
 # --- 10. Training ---------------------------------------------------------------------------------
 # Stage 1 plays N dialogues about each problem with the reference and keeps V^* for each (problem,
-# role). A role that never came up in a problem's N dialogues (no sample said "wrong", so none was
-# revised) gets the value of all samples of that role, over all problems: section 8 says why that is
-# harmless. Stage 2 plays one dialogue a problem with the present policy and updates it once.
+# role). The solve turn has N samples, the verify turn as well; a revision comes only after a check
+# that did not say "correct", so its V^* often rests on one sample or two. If none of the N was
+# revised, the role gets the value of all samples of that role, over all problems: section 8 says
+# why that is harmless. Stage 2 plays one dialogue a problem with the present policy, steps down (6),
+# and starts again with the next problems.
 
-STAGE_ONE_PART = 512  # dialogues that each process plays before they are kept
 Baselines = dict[tuple[int, str], float]  # (problem index, role) -> V^*, in units of reward
+
+
+def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run) -> list[Dialogue]:
+    """The reference's N dialogues about each problem. They take long, so they are played in parts,
+    behind a progress bar (`rollouts`), and the run keeps each part as it comes; those that it has
+    already, after a kill or by --v-star, are not played again."""
+    numbers = range(config.num_samples)
+    wanted = [Dialogue(p, [*ref.prompt_ids(p)], i) for p in problems for i in numbers]
+    dialogues = run.stage_one_so_far(wanted)
+    for part in rollouts(ref, wanted[len(dialogues) :], config, 0, "stage 1, V*"):
+        run.keep(part)
+        dialogues += part
+    return dialogues
 
 
 def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
@@ -943,29 +879,6 @@ def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
     }
 
 
-def stage_one(
-    ref: Policy, problems: Sequence[Problem], config: Config, journal: Path | None = None
-) -> list[Dialogue]:
-    """The reference's N dialogues about each problem, at the training temperature.
-
-    They take longest of all, so each part of them goes to the journal once it is played;
-    those that are in it already are not played again.
-    """
-    n = config.num_samples
-    repeated = [problem for problem in problems for _ in range(n)]
-    numbers = [*range(n)] * len(problems)
-    part = n * max(1, STAGE_ONE_PART * world()[1] // n)
-    dialogues = read_journal(journal, repeated, part) if journal else []
-    progress = Progress("stage 1, V*", len(repeated), len(dialogues))
-    for start in range(len(dialogues), len(repeated), part):
-        now = slice(start, start + part)
-        fresh = rollout(ref, repeated[now], config, 0, numbers[now], progress=progress)
-        dialogues += fresh
-        if journal:
-            append_journal(journal, fresh)
-    return dialogues
-
-
 @dataclass
 class Batch:
     """Some dialogues as tensors: B rows, M scored tokens, n turns numbered 0..n-1 in order."""
@@ -992,21 +905,28 @@ def collate(dialogues: Sequence[Dialogue], v_star: Baselines, device: torch.devi
     return Batch(*(t.to(device) for t in (ids, scored, torch.tensor(owner), reward, value)))
 
 
-def accumulate(
-    policy: Policy, ref: Policy, dialogues: Sequence[Dialogue], v_star: Baselines, config: Config
-) -> dict[str, float]:
-    """Add up, from zero, the gradient of (6): a mean over all turns of all dialogues.
+@dataclass
+class Learner:
+    """What an update needs: the policy, what it is held to, and how it moves."""
+
+    policy: Policy
+    ref: Policy
+    v_star: Baselines
+    optimizer: torch.optim.Optimizer
+
+
+def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> dict[str, float]:
+    """One step down (6), a mean over all turns of all dialogues. Returns what was seen.
 
     The dialogues are taken in micro-batches that fit into memory; their gradients add up, each
     weighted by its share of the turns, so that the sum does not depend on how they were cut.
-    Returns what was seen.
     """
+    policy, ref, optimizer = learner.policy, learner.ref, learner.optimizer
     # (This number hangs on the verdicts, so to divide by it is a bias, of the order of 1 / batch.)
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
     seen: dict[str, float] = defaultdict(float)
-    policy.model.zero_grad(set_to_none=True)
-    for chosen, weight in my_share(dialogues, config.update_tokens):
-        batch = collate(chosen, v_star, policy.device)
+    for part, weight in my_share(dialogues, config.update_tokens):  # weight: 1, or 0 for a filler
+        batch = collate(part, learner.v_star, policy.device)
         inputs = (batch.ids, batch.scored, config.temperature)
         with torch.no_grad():
             ref_token_logp = token_logps(ref, *inputs)  # (M,)
@@ -1022,30 +942,11 @@ def accumulate(
         seen["entropy"] -= token_logp.sum().item() * weight
         seen["v_star"] += weight * batch.v_star.sum().item() / n_turns
         seen["tokens"] += len(token_logp) * weight
-    return seen
-
-
-def update(
-    policy: Policy,
-    ref: Policy,
-    optimizer: torch.optim.Optimizer,
-    dialogues: Sequence[Dialogue],
-    v_star: Baselines,
-    config: Config,
-) -> dict[str, float]:
-    """One step down (6). Returns what was seen."""
-    longest = max(len(dialogue.ids) for dialogue in dialogues)
-    alone = world()[1] == 1  # several processes must cut alike, and only one knows that it must
-    seen = within_memory(
-        lambda: accumulate(policy, ref, dialogues, v_star, config),
-        config, "update_tokens", longest if alone else config.update_tokens,
-    )  # fmt: skip
     seen = sum_over_processes(policy.model, seen)
     seen["entropy"] /= seen.pop("tokens")
     policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # fsdp has dealt it out
-    seen |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+    seen |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
     seen["skipped"] = float(not math.isfinite(seen["loss"] + seen["grad_norm"]))
     if not seen["skipped"]:  # one bad batch must not destroy the weights
         policy.scaler.step(optimizer)
@@ -1054,139 +955,77 @@ def update(
     return seen
 
 
-def train_step(
-    policy: Policy,
-    ref: Policy,
-    optimizer: torch.optim.Optimizer,
-    problems: Sequence[Problem],
-    v_star: Baselines,
-    config: Config,
-    step: int,
-) -> dict[str, float | None]:
-    """Stage 2, one step (from 0): ONE dialogue a problem, one update. Returns the step's metrics.
-
-    --minibatches M spreads the dialogues over M updates; those of update k come from a policy that
-    is k - 1 updates old by then. The paper takes M = 2, our default is 1.
-    """
-    started = time.perf_counter()
-    optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-    chosen = batch_of_step(problems, step, config.batch_size, config.seed)
-    # Numbered by place: a problem that comes twice in a batch gets two different dialogues.
-    dialogues = rollout(policy, chosen, config, step + 1, samples=range(len(chosen)))
-    size = math.ceil(len(dialogues) / config.minibatches)
-    parts = [dialogues[i : i + size] for i in range(0, len(dialogues), size)]
-    updates = [update(policy, ref, optimizer, part, v_star, config) for part in parts]
-    means = {name: mean(seen[name] for seen in updates) for name in updates[0]}
-    means = {name: value if math.isfinite(value) else None for name, value in means.items()}
-    sampled = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
-    speed = sampled / (time.perf_counter() - started)
-    return {"step": step + 1, **means, **statistics(dialogues), "tokens_per_second": speed}
-
-
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary.
 
-    Everything is written to the run folder as it happens; the README says what each file holds.
-    resume: go on with the unfinished run in config.out (Part II, I says how that is exact).
+    resume: go on with the unfinished run in config.out. `Run`, in the appendix, is its folder: it
+    keeps and prints what happens, and brings it back.
     """
-    check_options(config, training=True)
-    policy = load_policy(config)
-    check_context(policy, config)
-    problems = load_problems(config.train_data, config.train_limit, policy, config, "train")
-    held_out = load_problems(config.eval_data, config.eval_limit, policy, config)
-    about = describe(config, policy)
-    mark = fingerprint(about["weights"], policy, problems, config)
-    if config.v_star:  # if it does not fit, better now than after the evaluation
-        load_stage_one(config.v_star, mark, problems, config)
-    folder = reopen_folder(config.out, about) if resume else new_folder(config.out)
-    if not resume:
-        write_json(folder / "config.json", about)
-    _lock = held(folder)  # until we return, or are killed
-    send = number_sink(config, folder)
-    said: set[str] = set()  # Part II, F: the complaints so far; each comes once
-    ref = freeze(policy)
-    spread(policy, ref, config)  # over several devices, if there are
-    before, base_dialogues = first_evaluation(policy, held_out, config, folder)
-    v_star, problems = first_stage(ref, problems, config, folder, mark, said)
-    with policy.active():  # adapters that are off count as frozen
-        learning = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=0.0, fused=True)
-    history, evaluations = restore(folder, policy, optimizer, config)
-    progress = Progress("stage 2", config.steps, len(history))
-    with saved_at_the_end(policy, folder), (folder / "metrics.jsonl").open("a") as file:
-        for step in range(len(history), config.steps):
-            metrics = train_step(policy, ref, optimizer, problems, v_star, config, step)
-            history.append(metrics)
-            print(json.dumps(metrics), file=file, flush=True)
-            progress.advance(1, metrics)
-            send(metrics)
-            explain(training_facts(history, config), said)
-            stop_if_sick(history)
-            if due(config.eval_every, step):
-                send(check_in(policy, held_out, config, step + 1, evaluations, folder))
-            if due(config.save_every, step) or step + 1 == config.steps:
-                os.fsync(file.fileno())
-                save_state(folder, step + 1, policy, optimizer, config)
-    after, dialogues = evaluate_policy(policy, held_out, config)
-    write_results(folder / "eval_results.jsonl", dialogues)
-    summary = {"before": before, "after": after, "kl": recent_kl(history)}
-    write_json(folder / "summary.json", summary)
-    report_training(summary, base_dialogues, dialogues)
-    draw(folder)
-    print(f"\nwritten to {folder}: checkpoint/, metrics.jsonl, summary.json, ...")
-    return summary
+    config = at_temperature(config, 1.0)
+    with Run(config, resume) as run:
+        policy = load_policy(config)
+        problems = load_problems(policy, config, "train")
+        held_out = load_problems(policy, config, "test")
+        run.begin(policy, problems)
+        ref = freeze(policy)
+        deal_out(policy, ref, config)  # fsdp: over the devices
+        greedy = dataclasses.replace(config, temperature=0.0)
+        measure = functools.partial(evaluate_policy, policy, held_out, greedy)
+        run.first_evaluation(measure)
+        dialogues = stage_one(ref, problems, config, run)
+        v_star = baselines(dialogues, config)
+        run.tell_stage_one(dialogues, v_star)
+        if config.drop_unsolved:
+            solved = {d.problem.index for d in dialogues if d.turns[0].correct}
+            problems = [problem for problem in problems if problem.index in solved]
+        with policy.active():  # adapters that are off count as frozen
+            weights = [p for p in policy.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
+        learner = Learner(policy, ref, v_star, optimizer)
+        for step in run.steps(learner):  # from 0, or from where the run was interrupted
+            optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+            chosen = batch_of_step(problems, step, config.batch_size, config.seed)
+            # Numbered by place: a problem that comes twice in a batch gets two dialogues.
+            fresh = [Dialogue(p, [*policy.prompt_ids(p)], i) for i, p in enumerate(chosen)]
+            with run.timed("sampling"):
+                dialogues = rollout(policy, fresh, config, step + 1)
+            with run.timed("updating"):
+                size = math.ceil(len(dialogues) / config.minibatches)
+                parts = [dialogues[i : i + size] for i in range(0, len(dialogues), size)]
+                seen = [update(learner, part, config) for part in parts]
+            run.tell(dialogues, seen)
+            run.check_in(measure)  # now and then: evaluate, keep the best, save a state
+        return run.finish(measure)
 
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
-# Dialogues as in training, but on problems that were never trained on, greedily (temperature 0).
-# Accuracy is measured twice: acc_t1 of the first attempt, acc_final of the last one. The difference
+# Dialogues as in training, but on problems that were never trained on, greedily (temperature 0)
+# unless an option says otherwise. Accuracy is measured twice: acc_t1 of the first attempt, acc_final of the last one. The difference
 # is what checking was worth. A verifier that always says "correct" is right as often as the solver
 # is, so we do not look at its accuracy alone but at the *balanced* one: the mean of how often it is
 # right about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict.
 # A trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
-# turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong. What
-# is counted, with its error bars, is in Part II, E.
+# turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong
+# (`evaluate_pool`). `summarize` counts, and says how sure the numbers are. (The command `eval` is
+# `evaluate`, in the appendix: it loads, calls this, and writes down.)
 
 
 def evaluate_policy(
-    policy: Policy, problems: Sequence[Problem], config: Config, temperature: float = 0.0
+    policy: Policy, problems: Sequence[Problem], config: Config
 ) -> tuple[dict[str, Any], list[Dialogue]]:
     """Dialogues about held-out problems, K of each unless greedy: (summary, dialogues)."""
-    pool = evaluate_pool(policy, config)
-    k = config.samples if temperature > 0 else 1
-    repeated = [problem for problem in problems for _ in range(k)]
-    numbers = [*range(k)] * len(problems)
-    progress = Progress("evaluate", len(repeated))
-    dialogues = rollout(policy, repeated, config, -1, numbers, temperature, progress)
-    summary = {**summarize(dialogues), **pool}
-    summary |= voting(dialogues) if k > 1 else {}
+    k = config.samples if config.temperature > 0 else 1
+    wanted = [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in range(k)]
+    dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
+    summary = {**summarize(dialogues), **evaluate_pool(policy, config)}
+    if k > 1:
+        summary |= voting(dialogues)
     for trait in ("level", "subject"):
         groups: dict[str, list[Dialogue]] = defaultdict(list)
         for dialogue in dialogues:
             groups[str(getattr(dialogue.problem, trait))].append(dialogue)
         summary[f"by_{trait}"] = {name: summarize(g) for name, g in sorted(groups.items())}
     return summary, dialogues
-
-
-def evaluate(config: Config, temperature: float = 0.0) -> dict[str, Any]:
-    """Evaluate --model on the held-out problems; writes a line a problem and the summary."""
-    check_options(config)
-    policy = dataclasses.replace(load_policy(config), top_p=config.top_p)
-    check_context(policy, config)
-    problems = load_problems(config.eval_data, config.eval_limit, policy, config)
-    if config.compare:
-        other = load_policy(dataclasses.replace(config, model=config.compare))
-        other.top_p = config.top_p
-    folder = new_folder(config.out, "-eval")
-    summary, dialogues = evaluate_policy(policy, problems, config, temperature)
-    if config.compare:
-        _, theirs = evaluate_policy(other, problems, config, temperature)
-        summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
-    write_results(folder / "eval_results.jsonl", dialogues)
-    write_json(folder / "eval_summary.json", {"model": config.model, **summary})
-    report_evaluation(summary)
-    print(f"written to {folder}: eval_results.jsonl, eval_summary.json")
-    return summary
 
 
 # ==================================================================================================
@@ -1210,51 +1049,43 @@ SHOWN = {  # metric: its name on the progress line
 }  # fmt: skip
 
 
-class Progress:
-    """A bar with the numbers that matter on a terminal; a few plain lines anywhere else."""
-
-    def __init__(self, label: str, total: int, done: int = 0) -> None:
-        self.label, self.total, self.done, self.before = label, total, done, done
-        self.started = time.perf_counter()
-
-    def advance(self, n: int, metrics: dict[str, Any] | None = None) -> None:
-        """n more are done; `metrics` of the last one are shown."""
-        tenth = self.done * 10 // self.total
-        self.done = min(self.total, self.done + n)
-        seconds = time.perf_counter() - self.started
-        left = seconds / max(1, self.done - self.before) * (self.total - self.done)
-        metrics = metrics or {}
-        numbers = "".join(f"{SHOWN[k]} {show(metrics[k], 2)} " for k in SHOWN if k in metrics)
-        finished = self.done >= self.total
-        clock = f"{seconds:.0f} s" if finished else f"{left:.0f} s left"
-        line = f"{f'{self.label} {self.done}/{self.total}':<21} {numbers} {clock}"
-        if sys.stdout.isatty():
-            line = re.sub("  +", "  ", line)[:79]  # 80 columns
-            print(f"\r{line:<79}", end="\n" if finished else "", flush=True)
-        elif finished or (metrics and self.done * 10 // self.total > tenth):
-            print(line, flush=True)
+def progress(label: str, total: int, done: int = 0) -> tqdm:
+    """A bar on a terminal, nothing elsewhere."""
+    shape = "{desc:<11} {n_fmt}/{total_fmt} |{bar}| {postfix}{elapsed}<{remaining}"
+    return tqdm(
+        total=total, initial=done, desc=label, file=sys.stdout, disable=None, ncols=79,
+        bar_format=shape,
+    )  # fmt: skip
 
 
-def check_options(config: Config, training: bool = False) -> None:
+def check_options(config: Config, command: str) -> None:
     """Refuse nonsense before anything is loaded. Raises UsageError."""
     for item in dataclasses.fields(config):
         flag, value = "--" + item.name.replace("_", "-"), getattr(config, item.name)
-        low, high, choices = (item.metadata[name] for name in ("low", "high", "choices"))
+        (low, high), choices = item.metadata["within"], item.metadata["choices"]
         if choices and value not in choices:
             raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
-        if not isinstance(value, str) and not (low <= value <= high and value < 2**63):
+        if isinstance(value, int | float) and not (low <= value <= high and value < 2**63):
             limits = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
             raise UsageError(f"{flag} must be {limits}, not {value}")
+        if item.metadata["on"] == ["eval"] and command == "train" and value != item.default:
+            raise UsageError(f"{flag} is for evaluation only")
     if config.v_star and not Path(config.v_star).is_file():
         raise UsageError(f"--v-star {config.v_star}: no such file")
     if config.log_to != "none" and not importlib.util.find_spec(config.log_to):
         raise UsageError(f"--log-to {config.log_to}: pip install {config.log_to}")
-    if training and config.temperature == 0:
+    if command == "train" and config.temperature == 0:
         raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
     if config.parallel == "fsdp" and config.lora:
         raise UsageError("--parallel fsdp does not go with --lora: use ddp")
-    if not training and config.samples > 1 and config.temperature == 0:
+    if command != "train" and config.samples > 1 and config.temperature == 0:
         raise UsageError("--samples above 1 needs --temperature above 0: greedy ones are all alike")
+
+
+def at_temperature(config: Config, default: float) -> Config:
+    """The same options with a temperature, if none was given."""
+    given = config.temperature
+    return dataclasses.replace(config, temperature=default if given is None else float(given))
 
 
 # --- B. Loading and saving ------------------------------------------------------------------------
@@ -1285,6 +1116,12 @@ PLAIN_TEMPLATE = (
 )
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error of another library says."""
+    cause = error.__cause__ or error
+    return str(cause).strip().split("\n")[0][:300] or type(cause).__name__
+
+
 def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or the hub; a LoRA checkpoint is merged into its base.
 
@@ -1307,31 +1144,29 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise UsageError(f"--model {name}: no config.json there, so this is no model folder")
     if adapted:
         import peft  # outside of the `try`: if it is missing, `main` says so
+    options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
         if adapted:
             model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
-            model, info = model.merge_and_unload(), {"missing_keys": []}
+            model, missing = model.merge_and_unload(), []
             model.had_adapters = True
         else:
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(path), output_loading_info=True, **options
             )
+            missing = sorted(info["missing_keys"])
     except Exception as error:  # transformers, safetensors and the hub each have their own kinds
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
         where = "cannot be loaded" if path.exists() else "is no folder here, nor on the hub"
-        raise UsageError(f"--model {name} {where}: {reason}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+        raise UsageError(f"--model {name} {where}: {reason_of(error)}") from error
+    if missing:
         raise UsageError(f"--model {name}: its weights lack {len(missing)} tensors ({missing[0]}…)")
     if not encode(tokenizer, "1 + 1 = 2"):  # transformers makes an empty one up if there is none
         raise UsageError(f"--model {name}: no tokenizer there")
     if tokenizer.chat_template is None:
         print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
         tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN_TEMPLATE
-    check_head(name, model)
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def load_policy(config: Config) -> Policy:
@@ -1345,13 +1180,14 @@ def load_policy(config: Config) -> Policy:
     # A tiny model is faster on one core: handing out its small products costs more than they do,
     # and next to a busy process the cores wait for each other (seen: 20 times slower).
     torch.set_num_threads(config.threads or (1 if size < 10 else os.cpu_count() or 1))
-    print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
-    print(f"{torch.get_num_threads()} CPU thread(s)")
     ends = model.generation_config.eos_token_id
     ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
     ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
-    policy = Policy(model.to(device).eval(), tokenizer, tuple(sorted(ends)), device, dtype)
-    policy.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
+    policy = Policy(model.to(device), tokenizer, tuple(sorted(ends)), device, dtype, scaler=scaler)
+    check_model(config.model, policy)
+    print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
+    print(f"{torch.get_num_threads()} CPU thread(s)")
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
@@ -1368,9 +1204,10 @@ def bridge_text(tokenizer: Any, request: str) -> str:
     thoughts): the policy would then be scored on a text that it did not write.
     """
     question = {"role": "user", "content": "Q"}
-    said = "<think>\nhm\n</think>\n\nA"
-    asked = [question, {"role": "assistant", "content": said}, {"role": "user", "content": request}]
-    before, after = render(tokenizer, [question]) + said, render(tokenizer, asked)
+    answer = "<think>\nhm\n</think>\n\nA"
+    asked = [question, {"role": "assistant", "content": answer}]
+    before = render(tokenizer, [question]) + answer
+    after = render(tokenizer, [*asked, {"role": "user", "content": request}])
     if not after.startswith(before):
         raise UsageError(
             "this model's chat template rewrites earlier turns, so later turns cannot extend the "
@@ -1380,12 +1217,35 @@ def bridge_text(tokenizer: Any, request: str) -> str:
 
 
 @torch.no_grad()
-def check_head(name: str, model: Any) -> None:
-    """`token_logps` takes decoder and head apart: refuse a model that does more in between."""
-    model.eval()
-    ids = torch.arange(8)[None]
-    apart = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state)
-    if not torch.allclose(apart, model(input_ids=ids).logits, atol=1e-4):
+def check_model(name: str, policy: Policy) -> None:
+    """Two things that the lesson takes for granted, tried on a few tokens: that prompts of unequal
+    length can share a key/value cache whose rows come and go (`sample`), and that logits are the
+    decoder's output times the head (`token_logps`). Raises UsageError."""
+    model, vocabulary = policy.model, policy.model.get_input_embeddings().weight.shape[0]
+    short, long = torch.arange(2 * 8, device=policy.device).reshape(2, 8) * 7 % vocabulary
+    ids = torch.stack([F.pad(short[:4], (2, 0)), long[:6]])  # (2, 6), the first one has padding
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6], device=policy.device)
+    rows = torch.tensor([1, 0, 0], device=policy.device)
+    same = [long, short[:6], short[:6]]
+    try:
+        with policy.active():
+            cache = DynamicCache(config=model.config)
+            read(model, ids, mask, cache)
+            cache.batch_select_indices(rows)
+            for place in (0, 1):
+                mask = F.pad(mask[rows] if place == 0 else mask, (0, 1), value=1)
+                token = torch.stack([long[6 + place], *[short[4 + place]] * 2])
+                cached = read(model, token[:, None], mask, cache)
+            plain = torch.stack([model(input_ids=text[None]).logits[0, -1] for text in same])
+            hidden = [model.get_decoder()(input_ids=text[None]).last_hidden_state for text in same]
+            apart = torch.stack([model.get_output_embeddings()(h)[0, -1] for h in hidden])
+        scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * plain.float().std()
+        wrong = [(x.float() - plain.float()).abs().max() > scale for x in (cached, apart)]
+    except Exception as error:  # what an architecture cannot do, it says in many ways
+        raise UsageError(f"--model {name}: cannot be sampled here ({reason_of(error)})") from error
+    if wrong[0]:
+        raise UsageError(f"--model {name}: with a key/value cache it computes something else")
+    if wrong[1]:
         raise UsageError(f"--model {name}: its logits are not its head's (a soft cap?)")
 
 
@@ -1400,16 +1260,13 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_problems(
-    source: str, limit: int, policy: Policy, config: Config, split: str = "test"
-) -> list[Problem]:
-    """The problems of a file, a folder or a hub data set, less those that are too long.
-
-    split: which part of a data set with several to prefer.
-    """
-    path = local(source)
-    lines = path.is_file() and path.suffix not in (".json", ".parquet", ".csv")
-    rows = read_jsonl(path) if lines else read_dataset(source, path, split)
+def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
+    """The problems of --train-data (split "train") or --eval-data ("test"), less those that are too
+    long: of a file, a folder or a hub data set, and there of the part with that name."""
+    check_context(policy, config)
+    training = split == "train"
+    source = config.train_data if training else config.eval_data
+    rows = read_rows(source, split)
     problems = [to_problem(row, i, place, config) for i, (place, row) in enumerate(rows)]
     longest = config.max_prompt_tokens
     kept = [p for p in problems if p.answer.strip()]
@@ -1422,7 +1279,7 @@ def load_problems(
             print(f"{source}: {left_out} of {len(problems)} problems {why} and are left out")
     if not short:
         raise UsageError(f"{source} holds no problems" + (" short enough" if kept else ""))
-    taken = short[: limit or None]
+    taken = short[: (config.train_limit if training else config.eval_limit) or None]
     print(f"{source}: {len(taken)} of {len(problems)} problems, such as")
     for problem in taken[:2]:
         text = " ".join(problem.problem.split())
@@ -1430,45 +1287,51 @@ def load_problems(
     return taken
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) for each line, where the place ("file, line 3") is for error messages."""
+def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
+    """(place, row) for each line, where the place ("file, line 3") is for error messages. Of a file
+    that need not be `whole`, as a kill can leave half a line, the rows up to the first broken one.
+    """
     with path.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place = f"{path}, line {number}"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line if whole or line.endswith("\n") else "")
                     json.dumps(row, ensure_ascii=False).encode()  # no broken UTF-8, no lone \ud800
                 except (ValueError, RecursionError) as error:
+                    if not whole:
+                        print(f"{place}: cut off; it and what follows is done again")
+                        return
                     raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error
                 yield place, row
 
 
-def read_dataset(source: str, path: Path, split: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a local file or folder or of a hub data set, through `datasets`.
+def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a local file or folder or of a hub data set; all but JSONL through `datasets`.
 
     Of a set with several configurations (MATH has one a subject) all are read, but if one is called
     main or default, as GSM8K has it, that one alone: the others tell the same problems again.
     """
+    path = local(source)
+    if path.is_file() and path.suffix not in (".json", ".parquet", ".csv"):
+        yield from read_jsonl(path)
+        return
     if not path.exists() and source.count("/") != 1:  # a hub id is owner/name
         raise UsageError(f"{source}: no such file or folder")
     import datasets
-    from datasets import get_dataset_config_names, load_dataset
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told below, once
     try:
         if path.is_file():
-            parts = [load_dataset(path.suffix[1:], data_files=str(path))]
+            parts = [datasets.load_dataset(path.suffix[1:], data_files=str(path))]
         else:
-            names = get_dataset_config_names(str(path))
+            names = datasets.get_dataset_config_names(str(path))
             names = [name for name in names if name in ("main", "default")][:1] or names
-            parts = [load_dataset(str(path), name) for name in names]
+            parts = [datasets.load_dataset(str(path), name) for name in names]
     except Exception as error:  # `datasets` has dozens of kinds; the first line says what it is
-        cause = error.__cause__ or error
-        reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
         kind = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
-        raise UsageError(f"{source} {kind}: {reason}") from error
+        raise UsageError(f"{source} {kind}: {reason_of(error)}") from error
     for part in parts:
         found = next((name for name in (split, "train", "test") if name in part), next(iter(part)))
         for number, row in enumerate(part[found]):
@@ -1514,44 +1377,17 @@ def check_context(policy: Policy, config: Config) -> None:
         )
 
 
-def describe(config: Config, policy: Policy) -> dict[str, Any]:
-    """What config.json says of a run: every option, and what it ran on."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    versions |= {"transformers": transformers.__version__, "numpy": np.__version__}
-    # What "auto" has become here, so that a run that goes on elsewhere computes in the same way.
-    found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
-    weights = weights_hash(policy.model)
-    return {**dataclasses.asdict(config), **found, "versions": versions, "weights": weights}
-
-
-def new_folder(path: str, suffix: str = "") -> Path:
-    """Make a folder for results. Raises UsageError rather than touch what is there already."""
-    if world()[0]:  # of several processes the first one writes; the others' copies are forgotten
-        copy_of_it = Path(tempfile.mkdtemp())
-        atexit.register(shutil.rmtree, copy_of_it, ignore_errors=True)
-        return copy_of_it
-    folder = Path(path or time.strftime("runs/%Y%m%d-%H%M%S") + suffix)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if {file.name for file in folder.iterdir()} - {".probe", "config.json.partial"}:  # a kill's
-            go_on = f", or go on with that run: train --resume {folder}" * is_unfinished(folder)
-            raise UsageError(f"--out {folder} holds files already: name a new folder{go_on}")
-        (folder / ".probe").touch()
-        (folder / ".probe").unlink()
-    except OSError as error:
-        raise UsageError(f"--out {folder} cannot be written: {error.strerror}") from error
-    return folder
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is whole or not there at all."""
-    with whole_or_not(path) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write JSON so that the file is whole or not there at all (in the first process only)."""
+    if is_first():
+        with whole_or_not(path) as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def whole_or_not(path: Path, mode: str = "w") -> Iterator[Any]:
     """A file to write that takes its place, on the disk, only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
@@ -1560,14 +1396,33 @@ def whole_or_not(path: Path, mode: str = "w") -> Iterator[Any]:
     partial.replace(path)
 
 
-def write_results(path: Path, dialogues: Iterable[Dialogue]) -> None:
-    """A line per dialogue: every turn's text, extracted answer and verdict."""
-    with whole_or_not(path) as file:
-        for dialogue in dialogues:
-            turns = [dataclasses.asdict(turn) for turn in dialogue.turns]
-            final = dialogue.attempts[-1].correct
-            row = {**dataclasses.asdict(dialogue.problem), "correct": final, "turns": turns}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Write a JSONL file, whole or not at all (in the first process only)."""
+    if is_first():
+        with whole_or_not(path) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def append_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Add lines to a JSONL file, and see them on the disk (in the first process only)."""
+    if is_first():
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def to_row(dialogue: Dialogue) -> dict[str, Any]:
+    """A dialogue as a line of v_star.jsonl or eval_results.jsonl: problem, ids, turns."""
+    row = {**dataclasses.asdict(dialogue.problem), "correct": dialogue.attempts[-1].correct}
+    turns = [dataclasses.asdict(turn) for turn in dialogue.turns]
+    return row | {"sample": dialogue.sample, "ids": dialogue.ids, "turns": turns}
+
+
+def to_dialogue(row: dict[str, Any]) -> Dialogue:
+    """The dialogue of such a line."""
+    problem = Problem(**{item.name: row[item.name] for item in dataclasses.fields(Problem)})
+    return Dialogue(problem, row["ids"], row["sample"], [Turn(**turn) for turn in row["turns"]])
 
 
 def save_model(policy: Policy, folder: Path) -> None:
@@ -1588,95 +1443,6 @@ def save_model(policy: Policy, folder: Path) -> None:
         partial.rename(folder)
     except Exception as error:  # safetensors has a kind of its own for a full disk
         raise RunError(f"the model cannot be saved in {folder}: {error}") from error
-
-
-@contextlib.contextmanager
-def saved_at_the_end(policy: Policy, folder: Path) -> Iterator[None]:
-    """Save the policy to folder/checkpoint when the block ends, by Ctrl-C or an error too (one
-    process of several cannot do that alone)."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        saved = f"; {folder}/checkpoint is the model as it is now" * (world()[1] == 1)
-        raise RunError(f"stopped; go on with 'train --resume {folder}'{saved}") from None
-    finally:
-        if world()[1] == 1 or sys.exc_info()[0] is None:
-            save_model(policy, folder / "checkpoint")
-
-
-def fingerprint(weights: str, policy: Policy, problems: list[Problem], config: Config) -> str:
-    """What stage 1's samples depend on (but for the seed: any sample of the reference will do)."""
-    sampling = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
-    texts = [(p.index, p.problem, p.answer) for p in problems]
-    prompts = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT)
-    first = policy.prompt_ids(problems[0])  # tells the tokenizer and its chat template
-    version = 2  # of v_star.jsonl
-    everything = json.dumps([version, weights, sampling, texts, prompts, first])
-    return hashlib.sha256(everything.encode()).hexdigest()[:16]
-
-
-def save_stage_one(path: Path, mark: str, dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
-    """A head line, then a line per problem: V^* by role, and of each turn of each sample its role,
-    whether its answer is right, and its verdict."""
-    with whole_or_not(path) as file:
-        print(json.dumps({"fingerprint": mark}), file=file)
-        for group in by_problem(dialogues):
-            problem = group[0].problem
-            values = {role: v_star[problem.index, role] for role in ROLES}
-            samples = [[(t.role, t.correct, t.verdict) for t in d.turns] for d in group]
-            row = {"index": problem.index, "problem": problem.problem, "level": problem.level}
-            row |= {"v_star": values, "samples": samples}
-            print(json.dumps(row, ensure_ascii=False), file=file)
-
-
-def load_stage_one(path: str, mark: str, problems: list[Problem], config: Config) -> list[Dialogue]:
-    """The dialogues of a v_star.jsonl, without their texts: enough for any beta1 and alpha."""
-    head, *rows = [row for _, row in read_jsonl(Path(path))] or [None]
-    if head != {"fingerprint": mark} or len(rows) != len(problems):
-        raise UsageError(
-            f"--v-star {path} is cut off, or was made with other weights, problems, sampling "
-            "options or by another version; leave --v-star out to run stage 1 again"
-        )
-    dialogues = []
-    for problem, row in zip(problems, rows):
-        for sample in row["samples"]:
-            turns = [Turn(r, 0, 0, "", True, correct=c, verdict=v) for r, c, v in sample]
-            dialogues.append(Dialogue(problem, turns=turns))
-            dialogues[-1].pay(config.alpha)
-    return dialogues
-
-
-def first_evaluation(
-    policy: Policy, held_out: Sequence[Problem], config: Config, folder: Path
-) -> tuple[dict[str, Any], list[Dialogue]]:
-    """The evaluation before training; a run that goes on has it in before.json."""
-    path = folder / "before.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8")), []
-    before, dialogues = evaluate_policy(policy, held_out, config)
-    write_json(path, before)
-    return before, dialogues
-
-
-def first_stage(
-    ref: Policy, problems: list[Problem], config: Config, folder: Path, mark: str, said: set[str]
-) -> tuple[Baselines, list[Problem]]:
-    """Stage 1, sampled or read (--v-star, a run that goes on): V^*, and what to train on."""
-    path, journal = folder / "v_star.jsonl", folder / "stage-1.jsonl"
-    if config.v_star or path.exists():
-        dialogues = load_stage_one(config.v_star or str(path), mark, problems, config)
-    else:
-        dialogues = stage_one(ref, problems, config, journal)
-    v_star = baselines(dialogues, config)
-    save_stage_one(path, mark, dialogues, v_star)
-    journal.unlink(missing_ok=True)  # its texts have done their service
-    report_stage_one(dialogues, v_star)
-    explain(stage_one_facts(dialogues, config), said)
-    solved = {d.problem.index for d in dialogues if d.attempts[0].correct}
-    kept = [p for p in problems if p.index in solved or not config.drop_unsolved]
-    if not kept:
-        raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
-    return v_star, kept
 
 
 # --- C. The algebra of answers --------------------------------------------------------------------
@@ -2551,54 +2317,17 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         text, correct = row.get("attempt"), row.get("correct")
         if not (isinstance(text, str) and isinstance(correct, bool)):
             raise UsageError(f"{place}: 'attempt' (a text) or 'correct' (true or false) is missing")
-        prompt = policy.prompt_ids(problem)
+        prompt = [*policy.prompt_ids(problem)]
         ids = prompt + encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
-        attempts.append(Dialogue(problem, ids, [turn]))
+        attempts.append(Dialogue(problem, ids, turns=[turn]))
 
-    def work() -> list[Dialogue]:
-        mine = copy.deepcopy(deal(attempts))
-        play(policy, mine, 2, config, -1, 0.0, Progress("verifier pool", len(attempts)))
-        return mine
-
-    with gathered(policy.model):
-        told = within_memory(work, config, "rollout_tokens", 2 * config.max_new_tokens)
-    judged = [(d.checks[0].verdict, d.attempts[0].correct) for d in collect(told, len(attempts))]
+    told = rollout(policy, attempts, config, -1, turns=2)
+    judged = [(d.checks[0].verdict, d.attempts[0].correct) for d in told]
     return confusion(judged, "verifier_pool")
 
 
 # --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
-
-
-def check_in(
-    policy: Policy, held_out: list[Problem], config: Config, step: int, earlier: list, folder: Path
-) -> dict[str, Any]:
-    """--eval-every: a line of eval.jsonl; best/ is the model of the best acc_final so far."""
-    summary, _ = evaluate_policy(policy, held_out, config)
-    print("after step {}: acc_t1 {acc_t1:.3f}, acc_final {acc_final:.3f}".format(step, **summary))
-    if all(summary["acc_final"] > seen["acc_final"] for seen in earlier):
-        save_model(policy, folder / "best")
-    earlier.append({"step": step, **summary})
-    with (folder / "eval.jsonl").open("a", encoding="utf-8") as file:
-        print(json.dumps(earlier[-1]), file=file)
-    return {"step": step, **{f"eval/{name}": value for name, value in summary.items()}}
-
-
-def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None]:
-    """--log-to: what sends the numbers of a step on (of several processes the first one does)."""
-    if config.log_to == "wandb" and not world()[0]:
-        import wandb
-
-        run = wandb.init(project="astarpo", dir=folder, config=dataclasses.asdict(config))
-        return lambda numbers: run.log(numbers, step=numbers["step"])
-    if config.log_to == "tensorboard" and not world()[0]:
-        from torch.utils.tensorboard import SummaryWriter
-
-        add = SummaryWriter(str(folder)).add_scalar
-        return lambda numbers: [
-            add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, int | float)
-        ]
-    return lambda numbers: None
 
 
 # Okabe and Ito's colours: people with any kind of colour vision can tell them apart.
@@ -2793,451 +2522,236 @@ def stop_if_sick(history: Sequence[dict[str, Any]]) -> None:
         )
 
 
-# --- G. Our own problems --------------------------------------------------------------------------
-# Problems that a person recognises, each with several ways of treating it: a hasty one, a worked
-# one, a check by another route, and a thorough second try. `python astarpo.py data` writes them.
-# Pairs of operands are split by a hash: the *reserved* ones occur in held-out problems only, never
-# in training problems nor in any step that the base was shown.
-
-WORKED, CHECK, THOROUGH = "Step by step: ", "Check: ", "Carefully: "
-CORRECT, WRONG = "The answer is correct.", "The answer is wrong."
-NAMES = ["Anna", "Ben", "Carla", "David"]
-THINGS = [" apples", " books", " coins", " marbles"]
-STORIES = {
-    "sum": [
-        "{n} has {a}{t} and buys {b} more. How many{t} does {n} have now?",
-        "There are {a}{t} in one box and {b} in another. How many{t} are there in total?",
-    ],
-    "difference": [
-        "{n} has {a}{t} and gives away {b}. How many{t} are left?",
-        "A shop had {a}{t} and sold {b}. How many{t} are left?",
-    ],
-    "product": [
-        "A shop has {a} boxes of {b}{t}. How many{t} are there in total?",
-        "{n} fills {a} bags with {b}{t} each. How many{t} are there in total?",
-    ],
-    "product - c": ["{n} buys {a} bags of {b}{t} and gives away {c}. How many{t} are left?"],
-    "product + c": ["{n} has {c}{t} and buys {a} bags of {b}{t}. How many{t} does {n} have now?"],
-}
-
-
-@dataclass
-class Task:
-    """A problem and the ways of treating it: hasty, worked, checked, thorough."""
-
-    kind: str
-    text: str
-    level: int
-    answer: str
-    hasty: str  # the answer that a slip of habit gives, always the same slip
-    worked: str
-    thorough: str
-    check: Callable[[str], tuple[str, int, int]]  # an answer -> (working, found, expected)
-
-
-def box(answer: object) -> str:
-    """The answer in its box."""
-    return f"\\boxed{{{answer}}}"
-
-
-def tell(rng: random.Random, kind: str, a: int, b: int, c: int = 0) -> str:
-    """The problem as a small story."""
-    name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    return rng.choice(STORIES[kind]).format(n=name, t=thing, a=a, b=b, c=c)
-
-
-def slipshod(a: int, b: int, sign: int) -> int:
-    """a ± b column by column: carries are forgotten, borrows turned round (83 - 47 = 44)."""
-    pairs = zip(str(a), str(b).zfill(len(str(a))), strict=True)
-    first, *rest = (int(x) + int(y) if sign > 0 else abs(int(x) - int(y)) for x, y in pairs)
-    return int(str(first) + "".join(str(c % 10) for c in rest))
-
-
-def columns(a: int, b: int, sign: int) -> str:
-    """a ± b as the sum of its columns: 83 - 47 is `40 - 4`, 347 + 86 is `300 + 120 + 13`."""
-    out = ""
-    for place in (100, 10, 1):
-        value = (a // place % 10 + sign * (b // place % 10)) * place
-        if place <= max(a, b):
-            out += f" {'-' if value < 0 else '+'} {abs(value)}" if out else str(value)
-    return out
-
-
-def make_sum(rng: random.Random, story: bool) -> Task:
-    """47 + 36 or 83 - 47, checked by the inverse operation."""
-    a, b, sign = rng.randrange(10, 100), rng.randrange(10, 100), rng.choice([1, -1])
-    if sign < 0 and a - b < 2:
-        return make_sum(rng, story)
-    kind, op, back = ("sum", "+", "-") if sign > 0 else ("difference", "-", "+")
-    tens, result, quick = a + sign * (b // 10 * 10), a + sign * b, slipshod(a, b, sign)
-
-    def check(answer: str) -> tuple[str, int, int]:
-        c = int(answer)
-        return f"{c} {back} {b} = {columns(c, b, -sign)}", c - sign * b, a
-
-    text = tell(rng, kind, a, b) if story else f"What is {a} {op} {b}?"
-    worked = f"{columns(a, b, sign)} = {box(result)}"
-    thorough = f"{a} {op} {b // 10 * 10} = {tens}, {tens} {op} {b % 10} = {box(result)}"
-    level = 1 if quick == result else 2
-    return Task(kind, text, level, str(result), str(quick), worked, thorough, check)
-
-
-def make_product(rng: random.Random, story: bool) -> Task:
-    """47 * 36 by the ones and tens of the second factor, checked by those of the first."""
-    a, b = rng.randrange(11, 100), 10 * rng.randrange(2, 10) + rng.randrange(2, 10)
-    (a1, a0), (b1, b0) = divmod(a, 10), divmod(b, 10)
-    outer, cross, inner = a1 * b1 * 100, (a1 * b0 + a0 * b1) * 10, a0 * b0
-
-    def check(answer: str) -> tuple[str, int, int]:
-        return f"{a1 * 10 * b} + {a0 * b}", a * b, int(answer)
-
-    text = tell(rng, "product", a, b) if story else f"What is {a} * {b}?"
-    worked = f"{a * b0} + {a * b1 * 10} = {box(a * b)}"
-    most = outer + cross
-    thorough = f"{outer} + {cross} = {most}, {most} + {inner} = {box(a * b)}"
-    level, quick = 4 if a * b < 2500 else 5, str(outer + inner)  # haste: tens*tens, ones*ones
-    return Task("product", text, level, str(a * b), quick, worked, thorough, check)
-
-
-def make_division(rng: random.Random, story: bool) -> Task:
-    """347 / 6 digit by digit, as a mixed number; haste forgets the remainder."""
-    b = rng.randrange(2, 10)
-    a = rng.randrange(100, 100 * b)  # so that the quotient has two digits
-    q, r = divmod(a, b)
-    answer = f"{q}\\frac{{{r}}}{{{b}}}" if r else str(q)
-    first, second = a // 10, a // 10 % b * 10 + a % 10
-    rest, low = a - q // 10 * 10 * b, q % 10 * b
-
-    def check(text: str) -> tuple[str, int, int]:
-        whole, *fraction = map(int, re.findall(r"\d+", text))
-        working, found = f"{whole} * {b}", whole * b
-        if fraction:
-            working, found = f"{working} = {found}, {found} + {fraction[0]}", found + fraction[0]
-        return working, found, a
-
-    steps = f"{first} / {b} = {q // 10} r {first % b}, {second} / {b} = {q % 10} r {r}, "
-    slow = f"{a} - {a - rest} = {rest}, {rest} - {low} = {r}, {box(answer)}"
-    level, text = 2 if r == 0 else 3 if b < 6 else 4, f"What is {a} / {b}?"
-    return Task("division", text, level, answer, str(q), steps + box(answer), slow, check)
-
-
-def make_equation(rng: random.Random, story: bool) -> Task:
-    """3x + 17 = 62, checked by substitution; haste forgets carries and to divide."""
-    m = rng.choice([1, 1, 1, 2, 3, 4, 5, 6, 7, 8])
-    x, b, sign = rng.randrange(11, 90), rng.randrange(10, 90), rng.choice([1, -1])
-    c = m * x + sign * b
-    if not (10 <= c < 100 and m * x < 100):
-        return make_equation(rng, story)
-    op, back, left = "+" if sign > 0 else "-", "-" if sign > 0 else "+", "x" if m == 1 else f"{m}x"
-    high, low = max(b, c) if sign < 0 else c, min(b, c) if sign < 0 else b
-    quick = slipshod(high, low, -sign)
-
-    def check(answer: str) -> tuple[str, int, int]:
-        product = m * int(answer)
-        start = "" if m == 1 else f"{m} * {answer} = {product}, "
-        return f"{start}{product} {op} {b}", product + sign * b, c
-
-    split = f"{m * x}, {m * (x // 10 * 10)} + {m * (x % 10)} = {m * x}, "
-    worked = f"{c} {back} {b} = " + (box(x) if m == 1 else f"{m * x} = {m} * {box(x)}")
-    thorough = f"{columns(high, low, -sign)} = {'' if m == 1 else split}{box(x)}"
-    level = (1 if quick == x else 2) if m == 1 else 3 if m < 4 else 4
-    text = f"Solve {left} {op} {b} = {c} for x."
-    return Task("equation", text, level, str(x), str(quick), worked, thorough, check)
-
-
-def make_two_steps(rng: random.Random, story: bool) -> Task:
-    """7 bags of 24, less 39: checked backwards; haste stops after the first step."""
-    m, a, b = rng.randrange(3, 10), rng.randrange(11, 100), rng.randrange(10, 100)
-    sign = rng.choice([1, -1])
-    product, result = m * a, m * a + sign * b
-    if min(product, result) < 100:
-        return make_two_steps(rng, story)
-    op, back = "+-" if sign > 0 else "-+"
-    split = f"{m * (a // 10 * 10)} + {m * (a % 10)} = {product}, "
-
-    def check(answer: str) -> tuple[str, int, int]:
-        return f"{split}{answer} {back} {b}", int(answer) - sign * b, product
-
-    text, level = tell(rng, f"product {op} c", m, a, b), 3 if product < 300 else 4
-    worked = f"{a} * {m} = {product}, {product} {op} {b} = {box(result)}"
-    slow = f"{split}{columns(product, b, sign)} = {box(result)}"
-    return Task("two steps", text, level, str(result), str(product), worked, slow, check)
-
-
-# Each family: (maker, its subject, a story?, share of the data, the part of it that haste gets
-# right (None: as it falls), share of the demonstrations: the harder, the more of them).
-FAMILIES = [
-    (make_sum, "Arithmetic", False, 0.18, 0.8, 0.20),
-    (make_product, "Multiplication", False, 0.22, None, 0.25),
-    (make_division, "Division", False, 0.10, 0.3, 0.15),
-    (make_equation, "Equations", False, 0.14, 0.8, 0.20),
-    (make_sum, "Word Problems", True, 0.07, 0.8, 0.05),
-    (make_product, "Word Problems", True, 0.16, None, 0.05),
-    (make_two_steps, "Word Problems", True, 0.13, None, 0.10),
-]
-
-
-def reserved(a: int, b: int) -> bool:
-    """Is this pair kept for held-out problems? (The tables that all learn by heart are not.)"""
-    low, high = sorted((a, b))  # 47 * 36 is one of them
-    return (low > 9 or high > 99) and zlib.crc32(f"{low},{high}".encode()) % 8 == 2
-
-
-def is_reserved(task: Task) -> bool:
-    """Are its two largest numbers a reserved pair, in whatever order and operation?"""
-    return reserved(*sorted(map(int, re.findall(r"\d+", task.text)))[-2:])
-
-
-def make_task(rng: random.Random, demo: bool) -> tuple[str, Task]:
-    """Draw a family and a problem of it, whose haste is right as often as the table says."""
-    weights = [f[5] if demo else f[3] for f in FAMILIES]
-    maker, subject, story, _, easy, _ = rng.choices(FAMILIES, weights)[0]
-    want = None if easy is None else rng.random() < (0.3 if demo else easy)
-    while True:  # of a family that has easy ones: nothing is to be learnt from them
-        task = maker(rng, story)
-        if want in (None, task.hasty == task.answer):
-            return subject, task
-
-
-def make_data(folder: Path, seed: int = 0, size: int = 2000) -> None:
-    """Write train.jsonl and test.jsonl, which never share a pair of operands."""
-    rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, held_out in (("train", False), ("test", True)):
-        lines: dict[str, str] = {}
-        while len(lines) < size:
-            subject, task = make_task(rng, demo=False)
-            numbers = re.findall(r"\d+", task.text)
-            key = f"{subject} {task.kind} {sorted(numbers)}"  # sorted: no mirror images either
-            if is_reserved(task) != held_out or key in lines:
-                continue
-            gold = task.answer
-            if "frac" in gold:  # a mixed number: as one fraction, in lowest terms
-                gold = "\\frac{{{}}}{{{}}}".format(*Fraction(*map(int, numbers)).as_integer_ratio())
-            row = {"problem": task.text, "solution": WORKED + task.worked, "answer": gold}
-            lines[key] = json.dumps(row | {"level": task.level, "subject": subject}) + "\n"
-        (folder / f"{name}.jsonl").write_bytes("".join(lines.values()).encode())
-
-
-# --- H. The base model ----------------------------------------------------------------------------
-# A tiny Qwen2 that has been shown demonstrations: first of careful ways alone, then mostly of
-# hasty ones. The first token of a response decides for one or the other, so that a policy can learn
-# to choose. The wrong answers come from systematic slips, not from noise: decoding greedily does
-# not remove them.
-
-Said = tuple[str, str, bool]  # role, text, learn from it?
-
-
-def worked_check(task: Task, answer: str) -> str:
-    """The worked check: another route, a comparison, and only then the verdict."""
-    working, found, expected = task.check(answer)
-    end = f"same. {CORRECT}" if found == expected else f"differ. {WRONG}"
-    return f"{CHECK}{working} = {found} vs {expected}: {end}"
-
-
-def gives_away(text: str) -> bool:
-    """Does some step `p op q` of this text show a reserved pair?"""
-    steps = re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", text)
-    return any(reserved(int(p), int(q)) for p, q in steps)
-
-
-def usable(task: Task, answer: str) -> bool:
-    """Can this answer be checked in a demonstration (no negative number, no reserved pair)?"""
-    working, found, _ = task.check(answer)
-    return found >= 0 and not gives_away(working)
-
-
-def slip(rng: random.Random, answer: str) -> str:
-    """The answer with one wrong digit (not in the denominator), most often a near miss."""
-    place = rng.choice([i for i, c in enumerate(answer.split("}{")[0]) if c.isdigit()])
-    digit = int(answer[place])
-    new = digit + rng.choice([-1, 1]) if rng.random() < 0.6 else rng.randrange(10)
-    if new == digit or not (0 if place else 1) <= new <= 9:
-        return slip(rng, answer)
-    return answer[:place] + str(new) + answer[place + 1 :]
-
-
-def demonstration(rng: random.Random, habits: bool) -> list[Said]:
-    """One dialogue. First only care is taught; the habits come later: 70% haste, 30% care.
-
-    A problem is dropped as a whole if any treatment of it shows a reserved pair: dropping only
-    the telling dialogues would drop the careful ones, which have more steps, and so teach more
-    haste. Injected slips are shown, so that checks and revisions have something to mend, but
-    never learnt: the base errs by habit, not by being taught wrong sums.
-    """
-    while True:
-        _, task = make_task(rng, demo=True)
-        hidden = is_reserved(task) or any(map(gives_away, (task.worked, task.thorough)))
-        if not hidden and usable(task, task.answer) and usable(task, task.hasty):
-            break
-    attempt, answer, learn = WORKED + task.worked, task.answer, True
-    draw = rng.random()
-    if draw < (0.10 if habits else 0.35):
-        answer, learn = slip(rng, task.answer), False
-        while not usable(task, answer):
-            answer = slip(rng, task.answer)
-        attempt = attempt.replace(box(task.answer), box(answer))
-        if rng.random() < 0.5:
-            attempt = box(answer)
-    elif draw < (0.73 if habits else 0.55):
-        attempt, answer = box(task.hasty), task.hasty
-    solve, judgment = SOLVE_PROMPT.replace("{problem}", task.text), worked_check(task, answer)
-    lazy = rng.random() < (0.7 if habits else 0.1)
-    if lazy:  # a coin, whatever the truth; a false alarm calls for a careful revision too
-        judgment = CORRECT if rng.random() < (0.6 if habits else 0.2) else WRONG
-    turns = [("user", solve, False), ("assistant", attempt, learn)]
-    turns += [("user", VERIFY_PROMPT, False), ("assistant", judgment, habits or not lazy)]
-    if judgment.endswith(WRONG):
-        hasty = habits and rng.random() < 0.65
-        revised = box(task.hasty) if hasty else THOROUGH + task.thorough
-        turns += [("user", REVISE_PROMPT, False), ("assistant", revised, True)]
-    return turns
-
-
-def build_tokenizer() -> Qwen2Tokenizer:
-    """The 256 bytes without merges, so any text has ids, and a token for each fixed phrase.
-
-    For any model of type qwen2, transformers 5 rebuilds a Qwen2Tokenizer, whatever the folder's
-    tokenizer_config.json says. So it is one from the start: its byte-level vocabulary and its
-    added tokens survive that (a WordLevel one is silently dropped).
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's byte alphabet
-    alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokenizer = Qwen2Tokenizer(
-        vocab={c: i for i, c in enumerate(alphabet)},
-        merges=[],
-        unk_token=None,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
-    roles = ["<|user|>", "<|assistant|>", "<|system|>"]
-    stories = [s for kind in STORIES.values() for s in kind]
-    phrases = [p for s in stories for p in re.split(r"\{\w\}", s) if len(p) > 1]
-    phrases += [SOLVE_PROMPT.replace("{problem}", ""), VERIFY_PROMPT, REVISE_PROMPT]
-    phrases += ["What is ", "Solve ", " for x.", WORKED, CHECK, THOROUGH, CORRECT, WRONG]
-    phrases += [" + ", " - ", " * ", " / ", " = ", " r ", ", ", " vs ", ": same. ", ": differ. "]
-    phrases += ["\\boxed{", "\\frac{", "}{", *NAMES, *THINGS]
-    tokenizer.add_tokens([AddedToken(r, special=True, normalized=False) for r in roles])
-    tokenizer.add_tokens([AddedToken(p, normalized=False) for p in dict.fromkeys(phrases)])
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    return tokenizer
-
-
-def demo_ids(tokenizer: Qwen2Tokenizer, turns: list[Said]) -> list[tuple[int, bool]]:
-    """The dialogue's ids, as the chat template gives them, each with 'learn it?'."""
-    out: list[tuple[int, bool]] = []
-    for role, text, learn in turns:
-        ids = tokenizer.encode(f"<|{role}|>{text}<|end|>")
-        out += [(t, learn and i > 0) for i, t in enumerate(ids)]
-    return out
-
-
-def demo_batches(
-    tokenizer: Qwen2Tokenizer, seed: int, steps: int, size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, learn?) for each step, from dialogues of like lengths: half the padding."""
-    rng = random.Random(seed)
-    for step in range(0, steps, 8):
-        habits = step >= 0.85 * steps
-        pool = [demo_ids(tokenizer, demonstration(rng, habits)) for _ in range(8 * size)]
-        pool.sort(key=len)
-        parts = [pool[i : i + size] for i in range(0, len(pool), size)]
-        rng.shuffle(parts)
-        for part in parts[::-1][: steps - step]:
-            ids = [torch.tensor([t for t, _ in dialogue]) for dialogue in part]
-            learn = [torch.tensor([flag for _, flag in dialogue]) for dialogue in part]
-            yield pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence(learn, True)
-
-
-# Plain sampling, for whoever calls `generate` (transformers' own default is top-k 50).
-ALL_TOKENS = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-
-
-def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """Qwen2.5-1.5B-Instruct's architecture with 0.78 million parameters."""
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 352}
-    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"max_position_embeddings": 512, "tie_word_embeddings": True}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = Qwen2ForCausalLM(
-        Qwen2Config(**sizes, **ends, bos_token_id=None, initializer_range=0.05)
-    )
-    model.generation_config = GenerationConfig(**ALL_TOKENS, **ends)
-    return model
-
-
-def pretrain(folder: Path, seed: int = 0, threads: int = 1, steps: int = 7600) -> None:
-    """Make folder/base from nothing: supervised, first the careful skills, then the habits."""
-    size, lr = 32, 3e-3
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-    tokenizer = build_tokenizer()
-    model = tiny_model(tokenizer)
-    # Muon needs about three quarters of AdamW's steps here; it is made for matrices only.
-    inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    other = [p for p in model.parameters() if all(p is not q for q in inner)]
-    optimizers = [
-        torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
-    progress = Progress("pretrain", steps)
-    for step, (ids, learn) in enumerate(demo_batches(tokenizer, seed + 1, steps, size)):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        targets = learn[:, 1:]
-        logits = model.lm_head(hidden[:, :-1][targets])
-        loss = F.cross_entropy(logits, ids[:, 1:][targets], reduction="sum")
-        # A constant divisor: with each batch's own number of tokens, the short hasty answers
-        # would weigh more in some batches than in others, and the habits would shift.
-        (loss / (32 * size)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        cosine = 0.505 + 0.495 * math.cos(math.pi * step / steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 200) * cosine
-            optimizer.step()
-            optimizer.zero_grad()
-        progress.advance(1, {"loss": loss.item() / len(logits)})
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    make_attempts(folder, seed)
-
-
-def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
-    """The fixed pool on which a verifier is scored, attempts.jsonl: one sampled attempt of the base
-    at each of some held-out problems, `wanted` right ones and as many wrong ones."""
-    test = str(folder / "test.jsonl")
-    config = Config(model=str(folder / "base"), eval_data=test, revisions=0, seed=seed)
-    policy = load_policy(config)
-    problems = load_problems(test, 0, policy, config)
-    left = {True: wanted, False: wanted}
-    with (folder / "attempts.jsonl").open("w", encoding="utf-8") as file:
-        for dialogue in rollout(policy, problems, config, 0):
-            attempt, problem = dialogue.attempts[0], dialogue.problem
-            if attempt.ended and left[attempt.correct] > 0:
-                left[attempt.correct] -= 1
-                row = {"problem": problem.problem, "answer": problem.answer}
-                row |= {"attempt": attempt.text, "correct": attempt.correct}
-                file.write(json.dumps(row) + "\n")
-    if any(left.values()):
-        raise RunError(f"the base's attempts lack {left[True]} right and {left[False]} wrong ones")
-
-
-# --- I. Runs that survive -------------------------------------------------------------------------
+# --- G. Runs that survive -------------------------------------------------------------------------
 # A long run is killed some day, and goes on as if nothing had happened. Its random numbers are a
-# pure function of what they are for (section 6), so the weights, AdamW's moments and the step are
-# all that it needs: they go into state-<step>.pt every --save-every steps, and stage 1's dialogues
-# into a journal, in parts of STAGE_ONE_PART. A file takes its name only when it is whole and on the
-# disk.
+# pure function of what they are for (section 6), so the weights, AdamW's moments and the metrics so
+# far are all that stage 2 needs: they go into one file, state.pt, every --save-every steps. Stage
+# 1's dialogues are kept in parts, in v_star.jsonl. A file that is not only appended to takes its
+# name when it is whole and on the disk. Of several processes the first one reads and writes.
 
 
-def due(every: int, step: int) -> bool:
-    """Is something that happens every so many steps (0: never) to happen after this one?"""
-    return every > 0 and (step + 1) % every == 0
+class Run:
+    """The folder of a training run: what happens is written there, and read back by --resume."""
+
+    def __init__(self, config: Config, resume: bool) -> None:
+        check_options(config, "train")
+        self.config, self.resumed, self.folder = config, resume, Path(config.out)
+        if not resume:
+            self.folder = first(lambda: new_folder(config.out))
+        self.metrics: list[dict[str, Any]] = []  # of the steps so far
+        self.evaluations: list[dict[str, Any]] = []  # of --eval-every
+        self.seconds: dict[str, float] = {}
+        self.told: set[str] = set()  # the complaints so far: each comes once
+        self.learner: Learner | None = None
+        self.before: tuple[dict[str, Any], list[Dialogue]] = ({}, [])
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """After Ctrl-C or an error, keep the model as it is (one of several processes cannot)."""
+        if kind and self.learner and world()[1] == 1:
+            save_model(self.learner.policy, self.folder / "checkpoint")
+        if kind is KeyboardInterrupt:
+            saved = f"; {self.folder}/checkpoint is the model as it is now" * bool(self.learner)
+            raise RunError(f"stopped; go on with 'train --resume {self.folder}'{saved}") from None
+
+    def begin(self, policy: Policy, problems: list[Problem]) -> None:
+        """Write config.json, or see that what goes on now is what began then. Raises UsageError."""
+        weights = weights_hash(policy.model)
+        self.mark = fingerprint(weights, policy, problems, self.config)
+        self.stage_one = self.folder / "v_star.jsonl"
+        first(lambda: self.open_folder(weights, policy))
+        self.send = number_sink(self.config, self.folder)
+
+    def open_folder(self, weights: str, policy: Policy) -> None:
+        """What `begin` does on the disk."""
+        path, given = self.folder / "config.json", self.config.v_star
+        if not self.resumed:
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+            versions |= {"transformers": transformers.__version__, "numpy": np.__version__}
+            # What "auto" has become here, so that a run that goes on computes in the same way.
+            found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
+            options = dataclasses.asdict(self.config) | found
+            write_json(path, {**options, "versions": versions, "weights": weights})
+        elif read_json(path).get("weights") != weights:
+            model = self.config.model
+            raise UsageError(f"--resume: {model} holds other weights than when {path} was written")
+        self.lock = held(path)  # until we return, or are killed
+        if given and not self.stage_one.exists():
+            read_stage_one(Path(given), self.mark)
+            write_rows(self.stage_one, (row for _, row in read_jsonl(Path(given), whole=False)))
+
+    def first_evaluation(self, measure: Callable[[], Any]) -> None:
+        """The evaluation before training; a run that goes on has it in before.json."""
+        path = self.folder / "before.json"
+        known = first(lambda: read_json(path) if path.exists() else None)
+        self.before = (known, []) if known else measure()
+        if not known:
+            write_json(path, self.before[0])
+
+    def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
+        """Those of the wanted dialogues that have been played, in whole parts (a part is played
+        together, and rounding depends on the company)."""
+        rows = first(lambda: read_stage_one(self.stage_one, self.mark))
+        if len(rows) < len(wanted):
+            rows = rows[: len(rows) // (PART * world()[1]) * PART * world()[1]]
+        write_rows(self.stage_one, [{"fingerprint": self.mark}, *rows])
+        done = [to_dialogue(row) for row in rows[: len(wanted)]]
+        for dialogue in done:
+            dialogue.pay(self.config.alpha)
+        return done
+
+    def keep(self, dialogues: Sequence[Dialogue]) -> None:
+        """Keep a part of stage 1."""
+        append_rows(self.stage_one, map(to_row, dialogues))
+
+    def tell_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
+        """Say what stage 1 found."""
+        report_stage_one(dialogues, v_star)
+        explain(stage_one_facts(dialogues, self.config), self.told)
+        if self.config.drop_unsolved and not any(d.turns[0].correct for d in dialogues):
+            raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
+
+    def steps(self, learner: Learner) -> Iterator[int]:
+        """The steps that are still to be done; the learner is brought back to where they begin."""
+        self.restore(learner)
+        self.learner = learner
+        with progress("stage 2", self.config.steps, len(self.metrics)) as self.bar:
+            yield from range(len(self.metrics), self.config.steps)
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Note how many seconds the block takes."""
+        started = time.perf_counter()
+        yield
+        self.seconds[f"seconds_{what}"] = time.perf_counter() - started
+
+    def tell(self, dialogues: Sequence[Dialogue], updates: Sequence[dict[str, float]]) -> None:
+        """A step's line of metrics.jsonl: means over its updates, its dialogues, its costs."""
+        seen = {name: mean(update[name] for update in updates) for name in updates[0]}
+        sampled = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
+        metrics = {
+            "step": len(self.metrics) + 1,
+            **{name: value if math.isfinite(value) else None for name, value in seen.items()},
+            **statistics(dialogues),
+            "tokens_per_second": sampled / sum(self.seconds.values()),
+            **self.seconds,
+            "peak_memory_mib": peak_memory(),
+        }
+        self.metrics.append(metrics)
+        append_rows(self.folder / "metrics.jsonl", [metrics])
+        self.show(metrics)
+        self.send(metrics)
+        explain(training_facts(self.metrics, self.config), self.told)
+        stop_if_sick(self.metrics)
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Move the bar; where there is no terminal, print a line now and then."""
+        numbers = " ".join(f"{name} {show(metrics[key], 2)}" for key, name in SHOWN.items())
+        self.bar.set_postfix_str(numbers + " ", refresh=False)
+        self.bar.update(1)
+        step, steps = metrics["step"], self.config.steps
+        if self.bar.disable and step * 10 // steps > (step - 1) * 10 // steps:
+            print(f"stage 2 {step}/{steps}  {numbers}", flush=True)
+
+    def check_in(self, measure: Callable[[], Any]) -> None:
+        """--eval-every: a line of eval.jsonl, and in best/ the model of the best acc_final so far.
+        --save-every: a state to go on from."""
+        step = len(self.metrics)
+        if self.due(self.config.eval_every):
+            summary = {"step": step, **measure()[0]}
+            shown = "after step {step}: acc_t1 {acc_t1:.3f}, acc_final {acc_final:.3f}"
+            tqdm.write(shown.format(**summary))
+            if all(summary["acc_final"] > seen["acc_final"] for seen in self.evaluations):
+                save_model(self.learner.policy, self.folder / "best")
+            self.evaluations.append(summary)
+            append_rows(self.folder / "eval.jsonl", [summary])
+            self.send({"step": step} | {f"eval/{name}": summary[name] for name in summary})
+        if self.due(self.config.save_every) or step == self.config.steps:
+            self.save()
+
+    def due(self, every: int) -> bool:
+        """Is something that happens every so many steps (0: never) to happen now?"""
+        return every > 0 and len(self.metrics) % every == 0
+
+    def save(self) -> None:
+        """Write state.pt."""
+        policy, optimizer = self.learner.policy, self.learner.optimizer
+        learned = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+        weights = get_model_state_dict(policy.model, options=WHOLE)
+        state = {
+            "model": {n: w for n, w in weights.items() if n in learned},  # a tied head once
+            "optimizer": get_optimizer_state_dict(policy.model, optimizer, options=WHOLE),
+            "scaler": policy.scaler.state_dict(),
+            "metrics": self.metrics,
+            "evaluations": self.evaluations,
+        }
+        if is_first():
+            try:
+                with whole_or_not(self.folder / "state.pt", "wb") as file:
+                    torch.save(state, file)
+            except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
+                raise RunError(
+                    f"state.pt cannot be saved ({error}); go on with --resume"
+                ) from error
+
+    def restore(self, learner: Learner) -> None:
+        """Bring learner, metrics and evaluations back to the state, if there is one: what was
+        written after it is done again."""
+        state = first(self.read_state)
+        self.metrics, self.evaluations = state["metrics"], state["evaluations"]
+        if self.metrics:
+            print(f"going on after step {len(self.metrics)}")
+            policy, optimizer = learner.policy, learner.optimizer
+            set_model_state_dict(policy.model, state["model"], options=WHOLE)
+            set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=WHOLE)
+            policy.scaler.load_state_dict(state["scaler"])
+        write_rows(self.folder / "metrics.jsonl", self.metrics)
+        if self.evaluations or (self.folder / "eval.jsonl").exists():
+            write_rows(self.folder / "eval.jsonl", self.evaluations)
+
+    def read_state(self) -> dict[str, Any]:
+        """state.pt, or what a run begins with. Raises UsageError for a damaged one."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return {"metrics": [], "evaluations": []}
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return {
+                name: state[name]
+                for name in ("model", "optimizer", "scaler", "metrics", "evaluations")
+            }
+        except Exception as error:
+            raise UsageError(
+                f"{path} is damaged or of another version ({reason_of(error)}): remove it, and "
+                "--resume begins stage 2 again"
+            ) from error
+
+    def finish(self, measure: Callable[[], Any]) -> dict[str, Any]:
+        """Save the model, evaluate it, report. Returns the summary."""
+        save_model(self.learner.policy, self.folder / "checkpoint")
+        after, dialogues = measure()
+        summary = {"before": self.before[0], "after": after, "kl": recent_kl(self.metrics)}
+        write_rows(self.folder / "eval_results.jsonl", map(to_row, dialogues))
+        write_json(self.folder / "summary.json", summary)
+        report_training(summary, self.before[1], dialogues)
+        if is_first():
+            draw(self.folder)
+        print(f"\nwritten to {self.folder}: checkpoint/, metrics.jsonl, summary.json, ...")
+        return summary
+
+
+def new_folder(path: str, suffix: str = "") -> Path:
+    """Where results can go: a folder that is new or empty. Raises UsageError."""
+    folder = Path(path or time.strftime("runs/%Y%m%d-%H%M%S") + suffix)
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UsageError(f"--out {folder} cannot be written: {above} is no folder or not yours")
+    if above == folder and {file.name for file in folder.iterdir()} - {"config.json.partial"}:
+        go_on = f", or go on with that run: train --resume {folder}" * is_unfinished(folder)
+        raise UsageError(f"--out {folder} holds files already: name a new folder{go_on}")
+    return folder
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -3245,170 +2759,105 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / "summary.json").is_file()
 
 
-def unfinished_run(path: str) -> tuple[Path, Config]:
-    """The run to go on with, `path` or the newest of runs/, and its options. Raises UsageError."""
+def unfinished_run(path: str) -> Config:
+    """The options of the run to go on with: `path` or the newest of runs/. Raises UsageError."""
     runs = [Path(path)] if path else sorted(Path("runs").glob("*"), key=lambda f: f.stat().st_mtime)
     found = [run for run in runs if is_unfinished(run)]
     if not found:
         why = "is finished" if (runs[-1:] or [Path()])[-1].joinpath("summary.json").exists() else ""
         raise UsageError(f"--resume: {path or 'runs/'} {why or 'holds no unfinished run'}")
-    run = found[-1]
-    config = dataclasses.replace(read_config(run / "config.json"), out=str(run))
-    if config.v_star and (run / "v_star.jsonl").exists():  # the run has its copy
-        config.v_star = str(run / "v_star.jsonl")
-    return run, config
+    return dataclasses.replace(read_config(found[-1] / "config.json"), out=str(found[-1]))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_config(path: Path) -> Config:
     """The options in a run's config.json. Raises UsageError."""
     try:
-        values = {**json.loads(path.read_text(encoding="utf-8"))}
-        config = Config(**{k: v for k, v in values.items() if k not in ("versions", "weights")})
+        values = {k: v for k, v in read_json(path).items() if k not in ("versions", "weights")}
+        config = Config(**values)
         for item in dataclasses.fields(config):
-            value, kind = getattr(config, item.name), type(item.default)
+            value, kind = getattr(config, item.name), KINDS[item.type]
             if type(value) is not kind and (type(value), kind) != (int, float):
                 raise TypeError(f"'{item.name}' is {value!r}")
             setattr(config, item.name, kind(value))
         return config
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not the config.json of a run: {error}") from error
 
 
-def reopen_folder(path: str, about: dict[str, Any]) -> Path:
-    """The folder of the run that goes on, if it started from these weights. Raises UsageError."""
-    folder = Path(path)
-    began = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if began.get("weights") != about["weights"]:
-        raise UsageError(f"--resume: {about['model']} holds other weights than when {path} began")
-    if world()[0]:  # the other processes read what there is, and write into a copy
-        copy_of, folder = folder, new_folder("")
-        for item in copy_of.iterdir():
-            if item.is_dir() or item.name.startswith("state-"):
-                (folder / item.name).symlink_to(item.resolve())
-            else:
-                shutil.copy(item, folder)
-    if world()[1] > 1:
-        dist.barrier()
-    return folder
-
-
-def held(folder: Path) -> TextIO:
+def held(path: Path) -> TextIO:
     """Keep others from going on with a run that is not dead. The system drops the lock with us."""
-    file = (folder / "config.json").open(encoding="utf-8")
-    try:
-        import fcntl  # not on Windows
+    file = path.open(encoding="utf-8")
+    with contextlib.suppress(ImportError):  # on Windows
+        import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(f"--resume: the run in {folder} is still going on") from error
-    except (ImportError, OSError):  # a file system without locks
-        pass
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--resume: the run in {path.parent} is still going on") from error
+        except OSError:  # a file system without locks
+            pass
     return file
 
 
-def intact_rows(path: Path) -> list[Any]:
-    """The rows of a JSONL file up to the first broken line: a kill can leave half of one."""
-    rows: list[Any] = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line if line.endswith("\n") else ""))
-        except ValueError:
-            print(f"{path}, line {number}: cut off; it and what follows is done again")
-            break
-    return rows
+def fingerprint(weights: str, policy: Policy, problems: list[Problem], config: Config) -> str:
+    """What stage 1's samples depend on (but for the seed: any sample of the reference will do)."""
+    sampling = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
+    texts = [(p.index, p.problem, p.answer) for p in problems]
+    requests = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT, policy.tokenizer.chat_template)
+    version = 3  # of v_star.jsonl
+    everything = json.dumps([version, weights, sampling, texts, requests])
+    return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
 
-def keep_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Leave these rows in the file, if there is one."""
-    if path.exists():  # also if only half a line is to go
-        with whole_or_not(path) as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+def read_stage_one(path: Path, mark: str) -> list[dict[str, Any]]:
+    """The dialogues in a v_star.jsonl, whose first line tells what they were made from."""
+    rows = [row for _, row in read_jsonl(path, whole=False)] if path.exists() else []
+    if rows and rows[0] != {"fingerprint": mark}:
+        raise UsageError(
+            f"{path} was made with other weights, problems, sampling options or by another "
+            "version; leave --v-star out to run stage 1 again"
+        )
+    return rows[1:]
 
 
-def append_journal(path: Path, dialogues: Iterable[Dialogue]) -> None:
-    """Add dialogues to stage 1's journal."""
-    with path.open("a", encoding="utf-8") as file:
-        for d in dialogues:
-            print(json.dumps([d.ids, [dataclasses.asdict(turn) for turn in d.turns]]), file=file)
-
-
-def read_journal(path: Path, problems: Sequence[Problem], part: int) -> list[Dialogue]:
-    """The dialogues that a killed stage 1 had played, in whole parts (a part is played together,
-    and rounding depends on the company)."""
-    rows = intact_rows(path)
-    if len(rows) < len(problems):
-        rows = rows[: len(rows) // part * part]
-    keep_rows(path, rows)
-    return [Dialogue(p, ids, [Turn(**t) for t in turns]) for p, (ids, turns) in zip(problems, rows)]
-
-
-def states(folder: Path) -> list[Path]:
-    """The saved states of a run, the newest last."""
-    found = (path for path in folder.glob("state-*.pt") if path.stem[6:].isdigit())
-    return sorted(found, key=lambda path: int(path.stem[6:]))
-
-
-def save_state(
-    folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Config
-) -> None:
-    """Write state-<step>.pt and drop all but the last two."""
-    learned = {name for name, p in policy.model.named_parameters() if p.requires_grad}
-    weights = get_model_state_dict(policy.model, options=WHOLE)
-    state = {
-        "model": {n: w for n, w in weights.items() if n in learned},  # without a tied head's copy
-        "optimizer": get_optimizer_state_dict(policy.model, optimizer, options=WHOLE),
-        "scaler": policy.scaler.state_dict(),
-        "tokens": (config.rollout_tokens, config.update_tokens),  # see `within_memory`
-    }
-    if world()[0]:
-        return
-    place = folder / f"state-{step}.pt"
+def peak_memory() -> float:
+    """The most memory used so far, in MiB: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     try:
-        with whole_or_not(place, "wb") as file:
-            torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
-        raise RunError(f"{place} cannot be saved ({error}); go on with --resume") from error
-    for old in states(folder)[:-2]:
-        old.unlink()
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def restore(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, config: Config
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Bring policy and optimizer back to the newest good state, if there is one: the metrics and
-    the evaluations up to there. What was written after it is cut off, to be done again."""
-    past = {name: intact_rows(folder / f"{name}.jsonl") for name in ("metrics", "eval")}
-    step = 0
-    for state in reversed(states(folder)):
-        try:
-            saved = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(saved, dict) or "tokens" not in saved:
-                raise RuntimeError("not a state of this version")
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            print(f"{state} is of no use ({str(error)[:100]})")
-            continue
-        if int(state.stem[6:]) <= len(past["metrics"]):
-            step = int(state.stem[6:])
-            break
-        print(f"{state} is of no use (metrics.jsonl ends before it)")
-    if step or past["metrics"]:
-        print(f"going on after step {step}")
-    if step:
-        set_model_state_dict(policy.model, saved["model"], options=WHOLE)
-        set_optimizer_state_dict(policy.model, optimizer, saved["optimizer"], options=WHOLE)
-        policy.scaler.load_state_dict(saved["scaler"])
-        config.rollout_tokens, config.update_tokens = saved["tokens"]
-    for name, rows in past.items():
-        past[name] = [row for row in rows if row["step"] <= step]
-        keep_rows(folder / f"{name}.jsonl", past[name])
-    return past["metrics"], past["eval"]
+def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None]:
+    """--log-to: what sends the numbers of a step on."""
+    if config.log_to == "wandb" and is_first():
+        import wandb
+
+        run = wandb.init(project="astarpo", dir=folder, config=dataclasses.asdict(config))
+        return lambda numbers: run.log(numbers, step=numbers["step"])
+    if config.log_to == "tensorboard" and is_first():
+        from torch.utils.tensorboard import SummaryWriter
+
+        add = SummaryWriter(str(folder)).add_scalar
+        return lambda numbers: [
+            add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, int | float)
+        ]
+    return lambda numbers: None
 
 
-# --- J. Large models, several devices -------------------------------------------------------------
-# A model of 1.5 billion parameters, its gradient, AdamW's two moments and the reference are 31 GB
-# in float32. LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then be
-# half as wide; the reference is the same weights without them. Recomputing activations in the
+# --- H. Large models, several devices -------------------------------------------------------------
+# A model of 1.5 billion parameters, its gradient, AdamW's two moments and the reference are 28 GB
+# (31 in float32). LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then
+# be half as wide; the reference is the same weights without them. Recomputing activations in the
 # backward pass trades time for memory.
 #
 # `torchrun --nproc_per_node=8 astarpo.py train ...` starts eight of us. Each plays its share of the
@@ -3431,8 +2880,7 @@ def add_adapters(policy: Policy, rank: int, seed: int) -> None:
     torch.manual_seed(seed)
     policy.model.requires_grad_(False)
     kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, **kind)
-    policy.model.add_adapter(lora)
+    policy.model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, **kind))
     for parameter in policy.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -3441,7 +2889,7 @@ def add_adapters(policy: Policy, rank: int, seed: int) -> None:
 
 def switch_adapters(model: Any, on: bool) -> None:
     """Compute with the adapters (the policy) or without them (the reference)."""
-    if getattr(model, "adapters_on", True) != on:  # it walks over all layers: not for each token
+    if getattr(model, "adapters_on", True) != on:  # it walks over all layers
         model.enable_adapters() if on else model.disable_adapters()
         model.adapters_on = on
 
@@ -3452,37 +2900,19 @@ def blocks(model: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def recomputing(model: Any) -> Iterator[None]:
-    """--gradient-checkpointing, where a gradient will be wanted. transformers does it in training
-    mode only, which would wake dropout as well: so only the layers' own flags are set, and only
-    here (while sampling it would switch the cache off)."""
+def method(model: Any, function: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
+    """`function` of this model, as fsdp wants it called and, with --gradient-checkpointing and where
+    a gradient will be wanted, recomputing. transformers recomputes in training mode only, which
+    would wake dropout as well: so only the layers' own flags are set, and only here (while sampling
+    it would switch the cache off)."""
     layers = blocks(model)
     try:
         for layer in layers:
             layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
-        yield
+        yield getattr(model, function.__name__, None) or functools.partial(function, model)
     finally:
         for layer in layers:
             layer.training = False
-
-
-def within_memory(work: Callable[[], Any], config: Config, option: str, least: int) -> Any:
-    """Do `work`. Whenever memory runs out: once more, with half as many tokens at a time, but at
-    least so many. Raises RunError where that does not help."""
-    flag = "--" + option.replace("_", "-")
-    while True:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            return work()
-        # Not in an `except`: the exception would keep alive what has filled the memory.
-        tokens = getattr(config, option)
-        if tokens <= least:
-            saving = "--gradient-checkpointing, --lora 32, " if option == "update_tokens" else ""
-            raise RunError(
-                f"out of memory with {flag} {tokens}: try {saving}shorter responses "
-                "(--max-new-tokens) or a smaller model"
-            )
-        setattr(config, option, max(least, tokens // 2))
-        print(f"out of memory: from here on {flag} is {getattr(config, option)}")
 
 
 def world() -> tuple[int, int]:
@@ -3490,20 +2920,36 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join_processes(device: str) -> None:
+def is_first() -> bool:
+    """Is this the process that prints and writes?"""
+    return world()[0] == 0
+
+
+def join_processes() -> None:
     """Under torchrun: meet the other processes. Only the first one prints."""
     if not {"RANK", "LOCAL_RANK"} <= os.environ.keys() or dist.is_initialized():
         return
-    if ":" in device:
-        raise UsageError(
-            f"under torchrun each process takes a GPU of its own: not --device {device}"
-        )
-    gpu = device != "cpu" and torch.cuda.is_available()
+    gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
-    if world()[0]:
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=2))
+    if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def first(work: Callable[[], Any]) -> Any:
+    """What `work` returns or raises in the first process, in all of them."""
+    outcome: list[Any] = [None, None]
+    if is_first():
+        try:
+            outcome[0] = work()
+        except (UsageError, RunError, OSError) as error:
+            outcome[1] = error
+    if world()[1] > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise outcome[1]
+    return outcome[0]
 
 
 def deal(items: Sequence[Any]) -> list[Any]:
@@ -3523,9 +2969,24 @@ def collect(mine: list[Any], n: int) -> list[Any]:
     return whole
 
 
+PART = 512  # dialogues that each process plays before they are kept and the progress bar moves
+
+
+def rollouts(
+    policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int, label: str
+) -> Iterator[list[Dialogue]]:
+    """`rollout` in parts, behind a progress bar."""
+    size = PART * world()[1]
+    with progress(label, len(dialogues)) as bar:
+        for start in range(0, len(dialogues), size):
+            part = rollout(policy, dialogues[start : start + size], config, step)
+            bar.update(len(part))
+            yield part
+
+
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each at most `budget` cells with its padding (but at
-    least one index).
+    """Indices in batches of similar length, each of at most `budget` tokens with its padding (but
+    of at least one index).
 
     >>> list(token_batches([5, 1, 4, 2], budget=8))
     [[1, 3], [2], [0]]
@@ -3542,7 +3003,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 def my_share(dialogues: Sequence[Dialogue], budget: int) -> list[tuple[Sequence[Dialogue], float]]:
     """The micro-batches of this process, with their weights. All processes have as many: a slice of
-    FSDP's waits for the others in each pass, so who has fewer adds passes that weigh nothing."""
+    fsdp's waits for the others in each pass, so who has fewer adds passes that weigh nothing."""
     rank, size = world()
     cuts = []
     for part in (dialogues[r::size] for r in range(size)):
@@ -3551,7 +3012,7 @@ def my_share(dialogues: Sequence[Dialogue], budget: int) -> list[tuple[Sequence[
     return cuts[rank] + [(dialogues[:1], 0.0)] * (max(map(len, cuts)) - len(cuts[rank]))
 
 
-def spread(policy: Policy, ref: Policy, config: Config) -> None:
+def deal_out(policy: Policy, ref: Policy, config: Config) -> None:
     """--parallel fsdp: deal out the weights of policy and reference."""
     if world()[1] == 1 or config.parallel != "fsdp":
         return
@@ -3562,11 +3023,6 @@ def spread(policy: Policy, ref: Policy, config: Config) -> None:
         fully_shard(model, mesh=mesh)  # the rest, with the (often tied) embeddings
         model.score_tokens = types.MethodType(score_tokens, model)
         register_fsdp_forward_method(model, "score_tokens")
-
-
-def method_of(model: Any, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` of this model, as the method that fsdp has made of it if there is one."""
-    return getattr(model, function.__name__, None) or functools.partial(function, model)
 
 
 @contextlib.contextmanager
@@ -3600,332 +3056,11 @@ def sum_over_processes(model: Any, seen: dict[str, float]) -> dict[str, float]:
     return dict(zip(seen, numbers.tolist()))
 
 
-# --- K. Speed: a token without Python, and how fast is it? ----------------------------------------
-# A small model's step from token to token is a few hundred operations on small tensors, and between
-# two of them Python takes longer than they do. So the step is recorded once and then repeated.
+# --- I. The command line --------------------------------------------------------------------------
 
-
-def left_pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ragged ids as one tensor whose rows END together: ids (B, P) and which are real (B, P).
-
-    >>> left_pad([[7], [8, 9]], torch.device("cpu"))[0].tolist()
-    [[0, 7], [8, 9]]
-    """
-    width = max(map(len, texts))
-    ids = torch.tensor([[0] * (width - len(t)) + list(t) for t in texts], device=device)
-    lengths = torch.tensor([len(t) for t in texts], device=device)[:, None]
-    return ids, torch.arange(width, device=device) >= width - lengths
-
-
-def join_memories(parts: Sequence[tuple[Memory, Tensor]], roomy: bool) -> Memory:
-    """Some rows of some memories, one below the other. In each row the real cells come last
-    and are followed, if `roomy`, by free ones; holes only fill up the shorter rows."""
-    masks = [memory.mask[rows] for memory, rows in parts]
-    width = max(int(mask.sum(1).max()) for mask in masks)
-    free = (16 + width // 4) * roomy
-    order = [mask.byte().argsort(dim=1, stable=True)[:, -width:] for mask in masks]  # holes first
-    short = [width - cells.shape[1] for cells in order]
-    real = [F.pad(m.gather(1, o), (n, free)) for m, o, n in zip(masks, order, short)]
-    # Which cell goes where; a memory that is too short lends its first one to fill the holes.
-    order = [F.pad(cells, (n, 0)) for cells, n in zip(order, short)]
-    whole = Memory(0, masks[0].device)
-    whole.mask, whole.used = torch.cat(real), width
-    for same in zip(*(memory.cells for memory, _ in parts)):
-        shape = (len(whole.mask), same[0].shape[1], width + free, same[0].shape[3])
-        together, start = same[0].new_empty(shape), 0
-        together[:, :, width:] = 0  # hidden, but 0 * nan would be nan
-        heads = torch.arange(shape[1], device=together.device)[:, None]
-        for tensor, (_, rows), cells in zip(same, parts, order):
-            place = together[start : start + len(rows), :, :width]
-            place.copy_(tensor[rows[:, None, None], heads, cells[:, None]])
-            start += len(rows)
-        whole.cells.append(together)
-    return whole
-
-
-def join_rows(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-    """Some rows of each part, one below the other."""
-    parts = [(part, torch.tensor(rows, device=part.ended.device)) for part, rows in parts]
-    memory = join_memories([(part.memory, rows) for part, rows in parts], roomy=True)
-    names = [item.name for item in dataclasses.fields(Rows)][1:]
-    return Rows(memory, *(torch.cat([getattr(p, n)[rows] for p, rows in parts]) for n in names))
-
-
-class Cells(DynamicLayer):
-    """One layer's cache as transformers wants it, with free cells. The next token's keys and values
-    are written into the cell `column`; the usual cache copies itself for every token."""
-
-    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.column = keys, values, column  # (B, heads, T, width), ()
-        self.is_initialized = True
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write one token a row; returns all cells, free ones too (the mask hides them)."""
-        self.keys.index_copy_(2, self.column, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.column, values.to(self.values.dtype))
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many cells a mask must cover, and the first of them."""
-        return self.keys.shape[2], 0
-
-    def get_seq_length(self) -> Any:
-        """The next token's place among the cells (for models that look back only so far)."""
-        return self.column
-
-
-class NextToken(torch.nn.Module):
-    """Reading one token a row, as a function of tensors alone: that is what can be recorded."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, ids: Tensor, positions: Tensor, mask: Tensor, column: Tensor, *cells: Tensor
-    ) -> Tensor:
-        """ids, positions (B, 1), mask (B, T), each layer's keys and values -> logits (B, V)."""
-        cache = DynamicCache()
-        cache.layers = [Cells(k, v, column) for k, v in zip(cells[::2], cells[1::2])]
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-
-
-def record(policy: Policy, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """NextToken without its Python: the operations of one call on such inputs, to be repeated.
-
-    A recording is blind: it takes every `if` the way it once went. (And it would keep weights that
-    autocast had cast before: each `active` begins with none.) So it is tried on other rows,
-    more cells and the furthest position that the model knows; if its logits are not the model's to
-    the last bit, or if nothing can be recorded, the model itself takes the step.
-    """
-    ids, positions, mask, column, *cells = inputs
-    furthest = getattr(getattr(policy.model, "config", None), "max_position_embeddings", 2) - 1
-
-    def example(rows: list[int], positions: Tensor, extra: int) -> list[Tensor]:
-        chosen = torch.tensor(rows, device=ids.device) % len(ids)
-        longer = [F.pad(tensor[chosen], (0, 0, 0, extra)) for tensor in cells]
-        return [ids[chosen], positions[chosen], F.pad(mask[chosen], (0, extra)), column, *longer]
-
-    step = NextToken(policy.model)
-    other = ([0, 1, -1], torch.full_like(positions, furthest), 3)
-    same = False
-    if isinstance(policy.model, FSDPModule):  # its weights come and go
-        return step
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
-        recorded = torch.jit.trace(step, example([0, 1], positions, 0), check_trace=False)
-        same = torch.equal(recorded(*example(*other)), step(*example(*other)))
-    return recorded if same else step
-
-
-# `bench` measures on the machine, the model and the sizes at hand. Whatever is compared takes turns
-# within one run, so that a busy moment of the machine meets all of it alike, and of the repeats the
-# median counts. Compare the ratios; the times themselves are this machine's.
-
-
-def clock(repeats: int, work: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of each call. One round before the first warms up and does not count."""
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for repeat in range(repeats + 1):
-        for name, call in work.items():
-            started = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # a call returns before the GPU has done its work
-            seconds[name] += [time.perf_counter() - started] * (repeat > 0)
-    return {name: float(np.median(times)) for name, times in seconds.items()}
-
-
-@torch.inference_mode()
-def generated(policy: Policy, problems: Sequence[Problem], config: Config) -> int:
-    """What `rollout` does for a single turn, by transformers' `generate`. Returns its tokens."""
-    ends = torch.tensor(policy.end_ids, dtype=torch.long, device=policy.device)
-    # What is left open here would come from the model's own generation_config.
-    sizes = {"max_new_tokens": config.max_new_tokens, "pad_token_id": 0, "repetition_penalty": 1.0}
-    plain = GenerationConfig(**ALL_TOKENS, **sizes, eos_token_id=[*policy.end_ids] or [-1])
-    tokens = 0
-    for i in range(0, len(problems), config.batch_size):
-        prompts = [policy.prompt_ids(problem) for problem in problems[i : i + config.batch_size]]
-        ids, real = left_pad(prompts, policy.device)
-        with policy.active():
-            out = policy.model.generate(ids, attention_mask=real.long(), generation_config=plain)
-        ended = torch.isin(out[:, ids.shape[1] :], ends).long()
-        tokens += int((ended.cumsum(1) - ended == 0).sum())  # up to the first end token
-    return tokens
-
-
-def bench_sampling(
-    policy: Policy, problems: Sequence[Problem], config: Config, repeats: int
-) -> dict[str, float]:
-    """Solve turns only: `batch_size` rows at a time against `generate`, then stage 1."""
-    longest = max(len(policy.prompt_ids(problem)) for problem in problems) + config.max_new_tokens
-    config = dataclasses.replace(config, revisions=0)
-    rows = dataclasses.replace(config, rollout_tokens=config.batch_size * longest)
-    half = dataclasses.replace(rows, max_new_tokens=max(1, config.max_new_tokens // 2))
-    found: dict[str, float] = {}
-    for kind, ends in (("", policy.end_ids), ("_full_length", ())):
-        player = dataclasses.replace(policy, end_ids=ends)  # without end tokens nothing ends early
-        dialogues = rollout(player, problems, rows, 0)
-        ours = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
-        theirs = generated(player, problems, rows)
-        work = {
-            "ours": lambda p=player: rollout(p, problems, rows, 0),
-            "theirs": lambda p=player: generated(p, problems, rows),
-            "half": lambda p=player: rollout(p, problems, half, 0),
-        }
-        seconds = clock(repeats, work)
-        speeds = ours / seconds["ours"], theirs / seconds["theirs"]
-        found |= dict(zip((f"rollout{kind}_tokens_per_s", f"generate{kind}_tokens_per_s"), speeds))
-        found[f"rollout{kind}_speedup"] = speeds[0] / speeds[1]
-    found["length_doubled"] = seconds["ours"] / seconds["half"]
-    repeated = [problem for problem in problems for _ in range(config.num_samples)]
-    numbers = [*range(config.num_samples)] * len(problems)
-    few = len(repeated) // 2
-    work = {
-        "all": lambda: rollout(policy, repeated, config, 0, numbers),
-        "few": lambda: rollout(policy, repeated[:few], config, 0, numbers),
-    }
-    seconds = clock(repeats, work)
-    found["stage_1_responses_per_s"] = len(repeated) / seconds["all"]
-    found["problems_doubled"] = seconds["all"] / seconds["few"]
-    return found
-
-
-def bench_step(
-    policy: Policy, ref: Policy, problems: Sequence[Problem], config: Config, repeats: int
-) -> dict[str, float]:
-    """Seconds of one step of stage 2 and of its parts. The weights stay: the learning rate is 0."""
-    config = dataclasses.replace(config, lr=0.0)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
-    v_star: Baselines = defaultdict(lambda: 0.5)
-    chosen = batch_of_step(problems, 0, config.batch_size, config.seed)
-    dialogues = rollout(policy, chosen, config, 1, range(len(chosen)))
-    parts = token_batches([len(d.ids) for d in dialogues], config.update_tokens)
-    batches = [collate([dialogues[i] for i in part], v_star, policy.device) for part in parts]
-
-    def score(model: Policy, backward: bool = False) -> None:
-        for batch in batches:
-            with torch.set_grad_enabled(model is policy):
-                logps = token_logps(model, batch.ids, batch.scored)
-            if backward:
-                logps.sum().backward()
-
-    def optimize() -> None:
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-        optimizer.step()
-
-    def check() -> None:
-        for dialogue, turn in ((d, turn) for d in dialogues for turn in d.turns):
-            parse_judgment(turn.text)
-            verify(turn.text, dialogue.problem.answer)
-
-    square = torch.randn(1024, 1024, device=policy.device, dtype=policy.dtype)
-    half = dialogues[: len(dialogues) // 2 or 1]
-    work = {
-        "sampling": lambda: rollout(policy, chosen, config, 1, range(len(chosen))),
-        "reward": check,
-        "reference": lambda: score(ref),
-        "policy": lambda: score(policy),
-        "backward": lambda: score(policy, backward=True),
-        "optimizer": optimize,
-        "step": lambda: train_step(policy, ref, optimizer, problems, v_star, config, 0),
-        "update": lambda: update(policy, ref, optimizer, dialogues, v_star, config),
-        "half": lambda: update(policy, ref, optimizer, half, v_star, config),
-        "matmul": lambda: square @ square,
-    }
-    found = clock(repeats, work)
-    found["sampling"] -= found["reward"]
-    found["backward"] -= found["policy"]
-    found["batch_doubled"] = found["update"] / found.pop("half")
-    head = policy.model.get_output_embeddings().weight
-    inner = sum(p.numel() for p in policy.model.get_decoder().parameters() if p.ndim == 2)
-    inner -= policy.model.get_input_embeddings().weight.numel()
-    read = sum(len(dialogue.ids) for dialogue in dialogues)
-    scored = sum(int(batch.scored.sum()) for batch in batches)
-    products = 2 * (inner * read + head.numel() * scored)  # of one forward pass
-    found["matmul_flops_per_s"] = 2 * 1024**3 / found.pop("matmul")
-    # The reference goes forward, the policy forward and, at twice the cost, backward.
-    found["update_matmul_share"] = 4 * products / found["update"] / found["matmul_flops_per_s"]
-    return found
-
-
-def bench(config: Config, repeats: int, file: str) -> dict[str, Any]:
-    """Measure, print a table and, if `file` is given, write everything to it as JSON."""
-    check_options(config, training=True)
-    if repeats < 1:
-        raise UsageError(f"--repeats must be at least 1, not {repeats}")
-    policy = load_policy(config)
-    check_context(policy, config)
-    problems = load_problems(config.train_data, config.train_limit, policy, config)
-    ref = freeze(policy)
-    found: dict[str, Any] = bench_sampling(policy, problems, config, repeats)
-    for name, revisions in (("single", 0), ("dialogue", config.revisions)):
-        setting = dataclasses.replace(config, revisions=revisions)
-        found[name] = bench_step(policy, ref, problems, setting, repeats)
-    found["dialogue_step_ratio"] = found["dialogue"]["step"] / found["single"]["step"]
-    if policy.device.type == "cuda":
-        found["peak_memory_mib"] = torch.cuda.max_memory_allocated(policy.device) / 2**20
-    else:
-        import resource  # not on Windows
-
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        found["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    report_bench(found, len(problems), config, repeats)
-    if file and not world()[0]:
-        write_json(Path(file), {**describe(config, policy), **found})
-    return found
-
-
-def report_bench(found: dict[str, Any], problems: int, config: Config, repeats: int) -> None:
-    """The table of `bench`."""
-    print(f"\n{problems} problems, batch {config.batch_size}, ", end="")
-    print(f"up to {config.max_new_tokens} tokens a turn, medians of {repeats}")
-    print(f"\n{'sampling, tokens/s':<40}{'here':>12}{'generate':>12}{'ratio':>12}")
-    for text, kind in (("as responses end", ""), ("all of full length", "_full_length")):
-        numbers = [found[f"{who}{kind}_tokens_per_s"] for who in ("rollout", "generate")]
-        print(f"  {text:<38}{numbers[0]:>12,.0f}{numbers[1]:>12,.0f}", end="")
-        print(f"{found[f'rollout{kind}_speedup']:>12.2f}")
-    print(f"stage 1, responses/s{found['stage_1_responses_per_s']:>32,.0f}")
-    print(f"\n{'one step of stage 2, ms':<40}{'solve only':>12}{'all turns':>12}{'ratio':>12}")
-    parts = ("sampling", "reward", "reference", "policy", "backward", "optimizer", "step")
-    for part in parts:
-        alone, whole = (1000 * found[name][part] for name in ("single", "dialogue"))
-        print(f"  {part:<38}{alone:>12.1f}{whole:>12.1f}{whole / alone:>12.2f}")
-    shares = [100 * found[name]["update_matmul_share"] for name in ("single", "dialogue")]
-    print(f"  {'update, % of the matmul rate':<38}{shares[0]:>12.0f}{shares[1]:>12.0f}")
-    rate = found["dialogue"]["matmul_flops_per_s"] / 1e9
-    print(f"\nmatmul rate {rate:,.0f} GFLOP/s, peak memory {found['peak_memory_mib']:,.0f} MiB")
-    print(f"\n{'when this doubles':<40}{'time grows':>12}")
-    print(f"  {'problems of stage 1':<38}{found['problems_doubled']:>12.2f}")
-    print(f"  {'length of all responses':<38}{found['length_doubled']:>12.2f}")
-    print(f"  {'batch of an update':<38}{found['dialogue']['batch_doubled']:>12.2f}")
-
-
-# --- L. The command line --------------------------------------------------------------------------
-
-EVAL_OPTIONS = (
-    "model", "eval_data", "out", "seed", "revisions", "max_prompt_tokens", "max_new_tokens",
-    "temperature", "problem_column", "answer_column", "eval_limit", "rollout_tokens", "device",
-    "dtype", "threads",
-)  # fmt: skip
-EVAL_ONLY = ("samples", "top_p", "compare")
-SOLVE_OPTIONS = (
-    "model", "seed", "revisions", "max_prompt_tokens", "max_new_tokens", "temperature", "device",
-    "dtype", "threads",
-)  # fmt: skip
-BENCH_OPTIONS = (
-    "model", "train_data", "seed", "train_limit", "batch_size", "num_samples", "revisions",
-    "max_prompt_tokens", "max_new_tokens", "rollout_tokens", "update_tokens",
-    "gradient_checkpointing", "lora", "device", "dtype", "threads",
-)  # fmt: skip
-BENCH_DEFAULTS = {"train_limit": 512, "max_new_tokens": 72}
-EVAL_DEFAULTS = {"model": "", "temperature": 0.0, "eval_limit": 0}
+KINDS = {"int": int, "float": float, "float | None": float, "str": str, "bool": bool}
+# What a run may go on with anew: it changes the cost and the rounding, not the run.
+RESUMABLE = ("rollout_tokens", "update_tokens", "gradient_checkpointing", "device")
 
 # Real models. What is marked * is the value of the A*-PO authors' MATH script (7,500 problems, 25
 # epochs: 732 batches of 256); what is not is ours, for one GPU of 80 GB.
@@ -3957,35 +3092,62 @@ def newest_model() -> str:
     return found[-1] if found else "data/base"
 
 
-def solve(config: Config, problem: str, temperature: float = 0.0) -> Dialogue:
+def evaluate(config: Config) -> dict[str, Any]:
+    """Evaluate --model on the held-out problems; writes a line a dialogue and the summary."""
+    config = at_temperature(config, 0.0)
+    check_options(config, "eval")
+    folder = first(lambda: new_folder(config.out, "-eval"))
+    policy = load_policy(config)
+    problems = load_problems(policy, config, "test")
+    summary, dialogues = evaluate_policy(policy, problems, config)
+    if config.compare:
+        other = load_policy(dataclasses.replace(config, model=config.compare))
+        _, theirs = evaluate_policy(other, problems, config)
+        summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
+    write_rows(folder / "eval_results.jsonl", map(to_row, dialogues))
+    write_json(folder / "eval_summary.json", {"model": config.model, **summary})
+    report_evaluation(summary)
+    print(f"written to {folder}: eval_results.jsonl, eval_summary.json")
+    return summary
+
+
+def solve(config: Config, problem: str) -> Dialogue:
     """Let --model solve, check and revise one problem; prints the dialogue."""
-    check_options(config)
-    policy = dataclasses.replace(load_policy(config), top_p=config.top_p)
+    config = at_temperature(config, 0.0)
+    check_options(config, "solve")
+    if not problem.strip():
+        raise UsageError('the problem is empty: give its text, in quotes, like "What is 2 + 3?"')
+    policy = load_policy(config)
     asked = Problem(0, problem, "")
-    length = len(policy.prompt_ids(asked))
-    check_context(policy, dataclasses.replace(config, max_prompt_tokens=length))
-    dialogue = rollout(policy, [asked], config, -1, temperature=temperature)[0]
+    prompt = policy.prompt_ids(asked)
+    check_context(policy, dataclasses.replace(config, max_prompt_tokens=len(prompt)))
+    dialogue = rollout(policy, [Dialogue(asked, [*prompt])], config, -1)[0]
     print_dialogue(dialogue)
     return dialogue
 
 
-def add_options(
-    parser: argparse.ArgumentParser, names: Iterable[str], defaults: dict[str, Any] | None = None
-) -> None:
+def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     """Options from the fields of Config: their names, types, defaults and help. Those that are not
     given are absent from what is parsed: presets and files come in between."""
+    group = parser.add_argument_group("the lesson's options")
     for item in dataclasses.fields(Config):
-        if item.name in names:
+        if item.name == "max_prompt_tokens":
+            group = parser.add_argument_group("for real models, other data and long runs")
+        if command in item.metadata["on"]:
             flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
-            default = {item.name: item.default, **(defaults or {})}[item.name]
+            default = (
+                {"eval_limit": 0}.get(item.name, item.default)
+                if command != "train"
+                else item.default
+            )
             if item.type == "bool":
                 kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
             else:
-                kind = {"type": {"int": int, "float": float, "str": str}[item.type]}
-                choices = item.metadata["choices"]
-                kind |= {"choices": choices} if choices else {"metavar": item.type.upper()}
-            text += f" (default: {default})" if default != "" else ""
-            parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+                name, choices = KINDS[item.type].__name__.upper(), item.metadata["choices"]
+                kind = {"type": KINDS[item.type]}
+                kind |= {"choices": choices} if choices else {"metavar": name}
+            text += "" if default in ("", None) else f" (default: {default})"
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument("--preset", choices=PRESETS, help="the sizes for a real model and MATH")
     parser.add_argument("--config", metavar="FILE", help="the options of a run's config.json")
     parser.epilog = "An option that is given counts before --config, that before --preset."
@@ -3998,74 +3160,55 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="A*-PO + PAG: reinforcement learning of mathematical reasoning.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    training = [item.name for item in dataclasses.fields(Config) if item.name not in EVAL_ONLY]
     learning = commands.add_parser("train", help="evaluate, stage 1, stage 2, evaluate")
-    add_options(learning, training)
     learning.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="go on with an unfinished run, alone"
-        " with its own options (default RUN: the newest of runs/)",
+        "--resume", nargs="?", const="", metavar="RUN", help="go on with an unfinished run "
+        "(default RUN: the newest of runs/) with its own options; only those that change the cost "
+        "can be given anew: " + ", ".join("--" + n.replace("_", "-") for n in RESUMABLE),
     )  # fmt: skip
     evaluation = commands.add_parser("eval", help="evaluate a model on held-out problems")
     solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
     solving.add_argument("problem", help="the problem's text, in quotes")
-    add_options(evaluation, EVAL_OPTIONS + EVAL_ONLY, EVAL_DEFAULTS)
-    add_options(solving, SOLVE_OPTIONS, EVAL_DEFAULTS)
+    for command, its_parser in (("train", learning), ("eval", evaluation), ("solve", solving)):
+        add_options(its_parser, command)
     plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
     plotting.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     plotting.add_argument("--out", default="dashboard.png", help="file (default: %(default)s)")
-    measuring = commands.add_parser("bench", help="measure how fast everything is")
-    add_options(measuring, BENCH_OPTIONS, BENCH_DEFAULTS)
-    measuring.add_argument("--repeats", type=int, default=3, help="of each (default: %(default)s)")
-    measuring.add_argument("--json", default="", metavar="FILE", help="write the numbers to FILE")
-    data = commands.add_parser("data", help="write data/train.jsonl and data/test.jsonl")
-    base = commands.add_parser("pretrain", help="make data/base and data/attempts.jsonl anew")
-    for command in (data, base):
-        command.add_argument("--folder", default="data", help="where to (default: %(default)s)")
-        command.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
-    base.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def chosen_config(options: argparse.Namespace) -> Config:
     """The options: given ones, else those of --config, else of --preset, else the defaults."""
-    names = {item.name for item in dataclasses.fields(Config)}
+    fields = {item.name: item for item in dataclasses.fields(Config)}
+    given = {name: value for name, value in vars(options).items() if name in fields}
+    if options.command == "train" and options.resume is not None:
+        others = {*given, *filter(vars(options).get, ("preset", "config"))} - {*RESUMABLE}
+        if others:
+            raise UsageError("--resume goes on with the run's own options: leave the others out")
+        return dataclasses.replace(first(lambda: unfinished_run(options.resume)), **given)
     values = dict(PRESETS[options.preset]) if options.preset else {}
     if options.config:
         values |= dataclasses.asdict(read_config(Path(options.config))) | {"out": ""}
-    if options.command == "bench":
-        values = BENCH_DEFAULTS | {k: v for k, v in values.items() if k in BENCH_OPTIONS}
-    elif options.command != "train":
-        values = {k: v for k, v in values.items() if k in EVAL_OPTIONS} | EVAL_DEFAULTS
+    if options.command != "train":
+        values = {n: v for n, v in values.items() if options.command in fields[n].metadata["on"]}
+        values |= {"model": "", "temperature": None, "eval_limit": 0}
         values |= EVAL_PRESETS.get(options.preset, {})
-    values |= {name: value for name, value in vars(options).items() if name in names}
-    return Config(**values)
+    return Config(**values | given)
 
 
 def run_command(options: argparse.Namespace) -> None:
     """Do what the command line says."""
-    if options.command == "data":
-        return make_data(Path(options.folder), options.seed)
-    if options.command == "pretrain":
-        return pretrain(Path(options.folder), options.seed, threads=max(1, options.threads))
     if options.command == "plot":
         plot([Path(run) for run in options.runs], Path(options.out))
         return print(f"written to {options.out}")
+    join_processes()
     config = chosen_config(options)
-    if options.command == "train" and options.resume is not None:
-        if config != Config():
-            raise UsageError("--resume goes on with the run's own options: leave the others out")
-        _, config = unfinished_run(options.resume)
-    join_processes(config.device)
-    if options.command in ("eval", "solve"):
-        config.model = config.model or newest_model()
     if options.command == "train":
         train(config, resume=options.resume is not None)
-    elif options.command == "bench":
-        bench(config, options.repeats, options.json)
-    elif options.command == "solve":
-        solve(config, options.problem, config.temperature)
-    else:
-        evaluate(config, config.temperature)
+        return None
+    config.model = config.model or newest_model()
+    evaluate(config) if options.command == "eval" else solve(config, options.problem)
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4077,7 +3220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, message = 2, str(error)
     except ImportError as error:  # matplotlib for 'plot', peft for --lora
         status, message = 2, f"{error}; pip install {error.name}"
-    except (RunError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
+    except torch.OutOfMemoryError:
+        status, message = 1, OUT_OF_MEMORY
+    except (RunError, OSError) as error:  # OSError: a full disk, say
         status, message = 1, str(error)
     except RuntimeError as error:
         lost = str(error).strip().split("\n")[0]
@@ -4097,6 +3242,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 
+
+OUT_OF_MEMORY = (
+    "out of memory. While sampling, a lower --rollout-tokens helps; in the update a lower "
+    "--update-tokens or --gradient-checkpointing (go on with 'train --resume' and these); for good "
+    "--lora 32, shorter responses (--max-new-tokens) or a smaller model"
+)
 
 if __name__ == "__main__":
     sys.exit(main())
