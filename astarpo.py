@@ -67,8 +67,8 @@ appendix: what the lesson needs around it.
            10 training     11 evaluation
   Part II   A errors and progress   B loading and saving   C the algebra of answers
             D the report            E the numbers          F watching a run
-            G our own problems      H the base model       I runs that survive
-            J large models, several devices                K speed
+            I runs that survive     J large models, several devices
+            K speed
             L the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
@@ -101,7 +101,6 @@ import textwrap
 import time
 import types
 import warnings
-import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +116,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from huggingface_hub.utils import logging as hub_logging
-from tokenizers import AddedToken
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -136,9 +134,6 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -342,7 +337,7 @@ def verify(text: str | None, gold: str | None) -> bool:
 # and the probability of a whole response is the product over its tokens. Chat models see a
 # conversation as one text with markers in it, written by the tokenizer's chat template:
 #
-#     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the math ...
+#     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the steps ...
 #     \---------- prompt --------------------------/\----- y1 -----/\--- bridge ------ ...
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
@@ -353,16 +348,15 @@ def verify(text: str | None, gold: str | None) -> bool:
 # ever, also while it learns: dropout would make log pi differ from log pi_ref before the first
 # update, and (6) is a statement about exactly that difference.
 
-# The requests, after those in PAG's appendix. They are all that we ever say to the model.
-SOLVE_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+# The requests are all that we ever say to the model. They ask for what PAG's ask for.
+SOLVE_PROMPT = "{problem}\nSolve this step by step, and put the final answer in \\boxed{}."
 VERIFY_PROMPT = (
-    "Check the math solution step-by-step. If you find a mistake: state the wrong step, explain "
-    "why it's wrong, and end your response with 'The answer is wrong.'. If all steps are correct, "
-    "end your response with 'The answer is correct.'."
+    "Check the steps of this solution one by one. If one is wrong, say which and why, and end with "
+    "'The answer is wrong.' If all are right, end with 'The answer is correct.'"
 )
 REVISE_PROMPT = (
-    "You indicated that your previous answer was wrong. Please reason step by step, and put your "
-    "final answer within \\boxed{}."
+    "Your answer may be wrong. Solve the problem again, step by step, and put the final answer in "
+    "\\boxed{}."
 )
 
 
@@ -2793,440 +2787,6 @@ def stop_if_sick(history: Sequence[dict[str, Any]]) -> None:
         )
 
 
-# --- G. Our own problems --------------------------------------------------------------------------
-# Problems that a person recognises, each with several ways of treating it: a hasty one, a worked
-# one, a check by another route, and a thorough second try. `python astarpo.py data` writes them.
-# Pairs of operands are split by a hash: the *reserved* ones occur in held-out problems only, never
-# in training problems nor in any step that the base was shown.
-
-WORKED, CHECK, THOROUGH = "Step by step: ", "Check: ", "Carefully: "
-CORRECT, WRONG = "The answer is correct.", "The answer is wrong."
-NAMES = ["Anna", "Ben", "Carla", "David"]
-THINGS = [" apples", " books", " coins", " marbles"]
-STORIES = {
-    "sum": [
-        "{n} has {a}{t} and buys {b} more. How many{t} does {n} have now?",
-        "There are {a}{t} in one box and {b} in another. How many{t} are there in total?",
-    ],
-    "difference": [
-        "{n} has {a}{t} and gives away {b}. How many{t} are left?",
-        "A shop had {a}{t} and sold {b}. How many{t} are left?",
-    ],
-    "product": [
-        "A shop has {a} boxes of {b}{t}. How many{t} are there in total?",
-        "{n} fills {a} bags with {b}{t} each. How many{t} are there in total?",
-    ],
-    "product - c": ["{n} buys {a} bags of {b}{t} and gives away {c}. How many{t} are left?"],
-    "product + c": ["{n} has {c}{t} and buys {a} bags of {b}{t}. How many{t} does {n} have now?"],
-}
-
-
-@dataclass
-class Task:
-    """A problem and the ways of treating it: hasty, worked, checked, thorough."""
-
-    kind: str
-    text: str
-    level: int
-    answer: str
-    hasty: str  # the answer that a slip of habit gives, always the same slip
-    worked: str
-    thorough: str
-    check: Callable[[str], tuple[str, int, int]]  # an answer -> (working, found, expected)
-
-
-def box(answer: object) -> str:
-    """The answer in its box."""
-    return f"\\boxed{{{answer}}}"
-
-
-def tell(rng: random.Random, kind: str, a: int, b: int, c: int = 0) -> str:
-    """The problem as a small story."""
-    name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    return rng.choice(STORIES[kind]).format(n=name, t=thing, a=a, b=b, c=c)
-
-
-def slipshod(a: int, b: int, sign: int) -> int:
-    """a ± b column by column: carries are forgotten, borrows turned round (83 - 47 = 44)."""
-    pairs = zip(str(a), str(b).zfill(len(str(a))), strict=True)
-    first, *rest = (int(x) + int(y) if sign > 0 else abs(int(x) - int(y)) for x, y in pairs)
-    return int(str(first) + "".join(str(c % 10) for c in rest))
-
-
-def columns(a: int, b: int, sign: int) -> str:
-    """a ± b as the sum of its columns: 83 - 47 is `40 - 4`, 347 + 86 is `300 + 120 + 13`."""
-    out = ""
-    for place in (100, 10, 1):
-        value = (a // place % 10 + sign * (b // place % 10)) * place
-        if place <= max(a, b):
-            out += f" {'-' if value < 0 else '+'} {abs(value)}" if out else str(value)
-    return out
-
-
-def make_sum(rng: random.Random, story: bool) -> Task:
-    """47 + 36 or 83 - 47, checked by the inverse operation."""
-    a, b, sign = rng.randrange(10, 100), rng.randrange(10, 100), rng.choice([1, -1])
-    if sign < 0 and a - b < 2:
-        return make_sum(rng, story)
-    kind, op, back = ("sum", "+", "-") if sign > 0 else ("difference", "-", "+")
-    tens, result, quick = a + sign * (b // 10 * 10), a + sign * b, slipshod(a, b, sign)
-
-    def check(answer: str) -> tuple[str, int, int]:
-        c = int(answer)
-        return f"{c} {back} {b} = {columns(c, b, -sign)}", c - sign * b, a
-
-    text = tell(rng, kind, a, b) if story else f"What is {a} {op} {b}?"
-    worked = f"{columns(a, b, sign)} = {box(result)}"
-    thorough = f"{a} {op} {b // 10 * 10} = {tens}, {tens} {op} {b % 10} = {box(result)}"
-    level = 1 if quick == result else 2
-    return Task(kind, text, level, str(result), str(quick), worked, thorough, check)
-
-
-def make_product(rng: random.Random, story: bool) -> Task:
-    """47 * 36 by the ones and tens of the second factor, checked by those of the first."""
-    a, b = rng.randrange(11, 100), 10 * rng.randrange(2, 10) + rng.randrange(2, 10)
-    (a1, a0), (b1, b0) = divmod(a, 10), divmod(b, 10)
-    outer, cross, inner = a1 * b1 * 100, (a1 * b0 + a0 * b1) * 10, a0 * b0
-
-    def check(answer: str) -> tuple[str, int, int]:
-        return f"{a1 * 10 * b} + {a0 * b}", a * b, int(answer)
-
-    text = tell(rng, "product", a, b) if story else f"What is {a} * {b}?"
-    worked = f"{a * b0} + {a * b1 * 10} = {box(a * b)}"
-    most = outer + cross
-    thorough = f"{outer} + {cross} = {most}, {most} + {inner} = {box(a * b)}"
-    level, quick = 4 if a * b < 2500 else 5, str(outer + inner)  # haste: tens*tens, ones*ones
-    return Task("product", text, level, str(a * b), quick, worked, thorough, check)
-
-
-def make_division(rng: random.Random, story: bool) -> Task:
-    """347 / 6 digit by digit, as a mixed number; haste forgets the remainder."""
-    b = rng.randrange(2, 10)
-    a = rng.randrange(100, 100 * b)  # so that the quotient has two digits
-    q, r = divmod(a, b)
-    answer = f"{q}\\frac{{{r}}}{{{b}}}" if r else str(q)
-    first, second = a // 10, a // 10 % b * 10 + a % 10
-    rest, low = a - q // 10 * 10 * b, q % 10 * b
-
-    def check(text: str) -> tuple[str, int, int]:
-        whole, *fraction = map(int, re.findall(r"\d+", text))
-        working, found = f"{whole} * {b}", whole * b
-        if fraction:
-            working, found = f"{working} = {found}, {found} + {fraction[0]}", found + fraction[0]
-        return working, found, a
-
-    steps = f"{first} / {b} = {q // 10} r {first % b}, {second} / {b} = {q % 10} r {r}, "
-    slow = f"{a} - {a - rest} = {rest}, {rest} - {low} = {r}, {box(answer)}"
-    level, text = 2 if r == 0 else 3 if b < 6 else 4, f"What is {a} / {b}?"
-    return Task("division", text, level, answer, str(q), steps + box(answer), slow, check)
-
-
-def make_equation(rng: random.Random, story: bool) -> Task:
-    """3x + 17 = 62, checked by substitution; haste forgets carries and to divide."""
-    m = rng.choice([1, 1, 1, 2, 3, 4, 5, 6, 7, 8])
-    x, b, sign = rng.randrange(11, 90), rng.randrange(10, 90), rng.choice([1, -1])
-    c = m * x + sign * b
-    if not (10 <= c < 100 and m * x < 100):
-        return make_equation(rng, story)
-    op, back, left = "+" if sign > 0 else "-", "-" if sign > 0 else "+", "x" if m == 1 else f"{m}x"
-    high, low = max(b, c) if sign < 0 else c, min(b, c) if sign < 0 else b
-    quick = slipshod(high, low, -sign)
-
-    def check(answer: str) -> tuple[str, int, int]:
-        product = m * int(answer)
-        start = "" if m == 1 else f"{m} * {answer} = {product}, "
-        return f"{start}{product} {op} {b}", product + sign * b, c
-
-    split = f"{m * x}, {m * (x // 10 * 10)} + {m * (x % 10)} = {m * x}, "
-    worked = f"{c} {back} {b} = " + (box(x) if m == 1 else f"{m * x} = {m} * {box(x)}")
-    thorough = f"{columns(high, low, -sign)} = {'' if m == 1 else split}{box(x)}"
-    level = (1 if quick == x else 2) if m == 1 else 3 if m < 4 else 4
-    text = f"Solve {left} {op} {b} = {c} for x."
-    return Task("equation", text, level, str(x), str(quick), worked, thorough, check)
-
-
-def make_two_steps(rng: random.Random, story: bool) -> Task:
-    """7 bags of 24, less 39: checked backwards; haste stops after the first step."""
-    m, a, b = rng.randrange(3, 10), rng.randrange(11, 100), rng.randrange(10, 100)
-    sign = rng.choice([1, -1])
-    product, result = m * a, m * a + sign * b
-    if min(product, result) < 100:
-        return make_two_steps(rng, story)
-    op, back = "+-" if sign > 0 else "-+"
-    split = f"{m * (a // 10 * 10)} + {m * (a % 10)} = {product}, "
-
-    def check(answer: str) -> tuple[str, int, int]:
-        return f"{split}{answer} {back} {b}", int(answer) - sign * b, product
-
-    text, level = tell(rng, f"product {op} c", m, a, b), 3 if product < 300 else 4
-    worked = f"{a} * {m} = {product}, {product} {op} {b} = {box(result)}"
-    slow = f"{split}{columns(product, b, sign)} = {box(result)}"
-    return Task("two steps", text, level, str(result), str(product), worked, slow, check)
-
-
-# Each family: (maker, its subject, a story?, share of the data, the part of it that haste gets
-# right (None: as it falls), share of the demonstrations: the harder, the more of them).
-FAMILIES = [
-    (make_sum, "Arithmetic", False, 0.18, 0.8, 0.20),
-    (make_product, "Multiplication", False, 0.22, None, 0.25),
-    (make_division, "Division", False, 0.10, 0.3, 0.15),
-    (make_equation, "Equations", False, 0.14, 0.8, 0.20),
-    (make_sum, "Word Problems", True, 0.07, 0.8, 0.05),
-    (make_product, "Word Problems", True, 0.16, None, 0.05),
-    (make_two_steps, "Word Problems", True, 0.13, None, 0.10),
-]
-
-
-def reserved(a: int, b: int) -> bool:
-    """Is this pair kept for held-out problems? (The tables that all learn by heart are not.)"""
-    low, high = sorted((a, b))  # 47 * 36 is one of them
-    return (low > 9 or high > 99) and zlib.crc32(f"{low},{high}".encode()) % 8 == 2
-
-
-def is_reserved(task: Task) -> bool:
-    """Are its two largest numbers a reserved pair, in whatever order and operation?"""
-    return reserved(*sorted(map(int, re.findall(r"\d+", task.text)))[-2:])
-
-
-def make_task(rng: random.Random, demo: bool) -> tuple[str, Task]:
-    """Draw a family and a problem of it, whose haste is right as often as the table says."""
-    weights = [f[5] if demo else f[3] for f in FAMILIES]
-    maker, subject, story, _, easy, _ = rng.choices(FAMILIES, weights)[0]
-    want = None if easy is None else rng.random() < (0.3 if demo else easy)
-    while True:  # of a family that has easy ones: nothing is to be learnt from them
-        task = maker(rng, story)
-        if want in (None, task.hasty == task.answer):
-            return subject, task
-
-
-def make_data(folder: Path, seed: int = 0, size: int = 2000) -> None:
-    """Write train.jsonl and test.jsonl, which never share a pair of operands."""
-    rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, held_out in (("train", False), ("test", True)):
-        lines: dict[str, str] = {}
-        while len(lines) < size:
-            subject, task = make_task(rng, demo=False)
-            numbers = re.findall(r"\d+", task.text)
-            key = f"{subject} {task.kind} {sorted(numbers)}"  # sorted: no mirror images either
-            if is_reserved(task) != held_out or key in lines:
-                continue
-            gold = task.answer
-            if "frac" in gold:  # a mixed number: as one fraction, in lowest terms
-                gold = "\\frac{{{}}}{{{}}}".format(*Fraction(*map(int, numbers)).as_integer_ratio())
-            row = {"problem": task.text, "solution": WORKED + task.worked, "answer": gold}
-            lines[key] = json.dumps(row | {"level": task.level, "subject": subject}) + "\n"
-        (folder / f"{name}.jsonl").write_bytes("".join(lines.values()).encode())
-
-
-# --- H. The base model ----------------------------------------------------------------------------
-# A tiny Qwen2 that has been shown demonstrations: first of careful ways alone, then mostly of
-# hasty ones. The first token of a response decides for one or the other, so that a policy can learn
-# to choose. The wrong answers come from systematic slips, not from noise: decoding greedily does
-# not remove them.
-
-Said = tuple[str, str, bool]  # role, text, learn from it?
-
-
-def worked_check(task: Task, answer: str) -> str:
-    """The worked check: another route, a comparison, and only then the verdict."""
-    working, found, expected = task.check(answer)
-    end = f"same. {CORRECT}" if found == expected else f"differ. {WRONG}"
-    return f"{CHECK}{working} = {found} vs {expected}: {end}"
-
-
-def gives_away(text: str) -> bool:
-    """Does some step `p op q` of this text show a reserved pair?"""
-    steps = re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", text)
-    return any(reserved(int(p), int(q)) for p, q in steps)
-
-
-def usable(task: Task, answer: str) -> bool:
-    """Can this answer be checked in a demonstration (no negative number, no reserved pair)?"""
-    working, found, _ = task.check(answer)
-    return found >= 0 and not gives_away(working)
-
-
-def slip(rng: random.Random, answer: str) -> str:
-    """The answer with one wrong digit (not in the denominator), most often a near miss."""
-    place = rng.choice([i for i, c in enumerate(answer.split("}{")[0]) if c.isdigit()])
-    digit = int(answer[place])
-    new = digit + rng.choice([-1, 1]) if rng.random() < 0.6 else rng.randrange(10)
-    if new == digit or not (0 if place else 1) <= new <= 9:
-        return slip(rng, answer)
-    return answer[:place] + str(new) + answer[place + 1 :]
-
-
-def demonstration(rng: random.Random, habits: bool) -> list[Said]:
-    """One dialogue. First only care is taught; the habits come later: 70% haste, 30% care.
-
-    A problem is dropped as a whole if any treatment of it shows a reserved pair: dropping only
-    the telling dialogues would drop the careful ones, which have more steps, and so teach more
-    haste. Injected slips are shown, so that checks and revisions have something to mend, but
-    never learnt: the base errs by habit, not by being taught wrong sums.
-    """
-    while True:
-        _, task = make_task(rng, demo=True)
-        hidden = is_reserved(task) or any(map(gives_away, (task.worked, task.thorough)))
-        if not hidden and usable(task, task.answer) and usable(task, task.hasty):
-            break
-    attempt, answer, learn = WORKED + task.worked, task.answer, True
-    draw = rng.random()
-    if draw < (0.10 if habits else 0.35):
-        answer, learn = slip(rng, task.answer), False
-        while not usable(task, answer):
-            answer = slip(rng, task.answer)
-        attempt = attempt.replace(box(task.answer), box(answer))
-        if rng.random() < 0.5:
-            attempt = box(answer)
-    elif draw < (0.73 if habits else 0.55):
-        attempt, answer = box(task.hasty), task.hasty
-    solve, judgment = SOLVE_PROMPT.replace("{problem}", task.text), worked_check(task, answer)
-    lazy = rng.random() < (0.7 if habits else 0.1)
-    if lazy:  # a coin, whatever the truth; a false alarm calls for a careful revision too
-        judgment = CORRECT if rng.random() < (0.6 if habits else 0.2) else WRONG
-    turns = [("user", solve, False), ("assistant", attempt, learn)]
-    turns += [("user", VERIFY_PROMPT, False), ("assistant", judgment, habits or not lazy)]
-    if judgment.endswith(WRONG):
-        hasty = habits and rng.random() < 0.65
-        revised = box(task.hasty) if hasty else THOROUGH + task.thorough
-        turns += [("user", REVISE_PROMPT, False), ("assistant", revised, True)]
-    return turns
-
-
-def build_tokenizer() -> Qwen2Tokenizer:
-    """The 256 bytes without merges, so any text has ids, and a token for each fixed phrase.
-
-    For any model of type qwen2, transformers 5 rebuilds a Qwen2Tokenizer, whatever the folder's
-    tokenizer_config.json says. So it is one from the start: its byte-level vocabulary and its
-    added tokens survive that (a WordLevel one is silently dropped).
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's byte alphabet
-    alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokenizer = Qwen2Tokenizer(
-        vocab={c: i for i, c in enumerate(alphabet)},
-        merges=[],
-        unk_token=None,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
-    roles = ["<|user|>", "<|assistant|>", "<|system|>"]
-    stories = [s for kind in STORIES.values() for s in kind]
-    phrases = [p for s in stories for p in re.split(r"\{\w\}", s) if len(p) > 1]
-    phrases += [SOLVE_PROMPT.replace("{problem}", ""), VERIFY_PROMPT, REVISE_PROMPT]
-    phrases += ["What is ", "Solve ", " for x.", WORKED, CHECK, THOROUGH, CORRECT, WRONG]
-    phrases += [" + ", " - ", " * ", " / ", " = ", " r ", ", ", " vs ", ": same. ", ": differ. "]
-    phrases += ["\\boxed{", "\\frac{", "}{", *NAMES, *THINGS]
-    tokenizer.add_tokens([AddedToken(r, special=True, normalized=False) for r in roles])
-    tokenizer.add_tokens([AddedToken(p, normalized=False) for p in dict.fromkeys(phrases)])
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    return tokenizer
-
-
-def demo_ids(tokenizer: Qwen2Tokenizer, turns: list[Said]) -> list[tuple[int, bool]]:
-    """The dialogue's ids, as the chat template gives them, each with 'learn it?'."""
-    out: list[tuple[int, bool]] = []
-    for role, text, learn in turns:
-        ids = tokenizer.encode(f"<|{role}|>{text}<|end|>")
-        out += [(t, learn and i > 0) for i, t in enumerate(ids)]
-    return out
-
-
-def demo_batches(
-    tokenizer: Qwen2Tokenizer, seed: int, steps: int, size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, learn?) for each step, from dialogues of like lengths: half the padding."""
-    rng = random.Random(seed)
-    for step in range(0, steps, 8):
-        habits = step >= 0.85 * steps
-        pool = [demo_ids(tokenizer, demonstration(rng, habits)) for _ in range(8 * size)]
-        pool.sort(key=len)
-        parts = [pool[i : i + size] for i in range(0, len(pool), size)]
-        rng.shuffle(parts)
-        for part in parts[::-1][: steps - step]:
-            ids = [torch.tensor([t for t, _ in dialogue]) for dialogue in part]
-            learn = [torch.tensor([flag for _, flag in dialogue]) for dialogue in part]
-            yield pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence(learn, True)
-
-
-# Plain sampling, for whoever calls `generate` (transformers' own default is top-k 50).
-ALL_TOKENS = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-
-
-def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """Qwen2.5-1.5B-Instruct's architecture with 0.78 million parameters."""
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 352}
-    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"max_position_embeddings": 512, "tie_word_embeddings": True}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = Qwen2ForCausalLM(
-        Qwen2Config(**sizes, **ends, bos_token_id=None, initializer_range=0.05)
-    )
-    model.generation_config = GenerationConfig(**ALL_TOKENS, **ends)
-    return model
-
-
-def pretrain(folder: Path, seed: int = 0, threads: int = 1, steps: int = 7600) -> None:
-    """Make folder/base from nothing: supervised, first the careful skills, then the habits."""
-    size, lr = 32, 3e-3
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-    tokenizer = build_tokenizer()
-    model = tiny_model(tokenizer)
-    # Muon needs about three quarters of AdamW's steps here; it is made for matrices only.
-    inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    other = [p for p in model.parameters() if all(p is not q for q in inner)]
-    optimizers = [
-        torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
-    progress = Progress("pretrain", steps)
-    for step, (ids, learn) in enumerate(demo_batches(tokenizer, seed + 1, steps, size)):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        targets = learn[:, 1:]
-        logits = model.lm_head(hidden[:, :-1][targets])
-        loss = F.cross_entropy(logits, ids[:, 1:][targets], reduction="sum")
-        # A constant divisor: with each batch's own number of tokens, the short hasty answers
-        # would weigh more in some batches than in others, and the habits would shift.
-        (loss / (32 * size)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        cosine = 0.505 + 0.495 * math.cos(math.pi * step / steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 200) * cosine
-            optimizer.step()
-            optimizer.zero_grad()
-        progress.advance(1, {"loss": loss.item() / len(logits)})
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    make_attempts(folder, seed)
-
-
-def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
-    """The fixed pool on which a verifier is scored, attempts.jsonl: one sampled attempt of the base
-    at each of some held-out problems, `wanted` right ones and as many wrong ones."""
-    test = str(folder / "test.jsonl")
-    config = Config(model=str(folder / "base"), eval_data=test, revisions=0, seed=seed)
-    policy = load_policy(config)
-    problems = load_problems(test, 0, policy, config)
-    left = {True: wanted, False: wanted}
-    with (folder / "attempts.jsonl").open("w", encoding="utf-8") as file:
-        for dialogue in rollout(policy, problems, config, 0):
-            attempt, problem = dialogue.attempts[0], dialogue.problem
-            if attempt.ended and left[attempt.correct] > 0:
-                left[attempt.correct] -= 1
-                row = {"problem": problem.problem, "answer": problem.answer}
-                row |= {"attempt": attempt.text, "correct": attempt.correct}
-                file.write(json.dumps(row) + "\n")
-    if any(left.values()):
-        raise RunError(f"the base's attempts lack {left[True]} right and {left[False]} wrong ones")
-
-
 # --- I. Runs that survive -------------------------------------------------------------------------
 # A long run is killed some day, and goes on as if nothing had happened. Its random numbers are a
 # pure function of what they are for (section 6), so the weights, AdamW's moments and the step are
@@ -3748,7 +3308,8 @@ def generated(policy: Policy, problems: Sequence[Problem], config: Config) -> in
     ends = torch.tensor(policy.end_ids, dtype=torch.long, device=policy.device)
     # What is left open here would come from the model's own generation_config.
     sizes = {"max_new_tokens": config.max_new_tokens, "pad_token_id": 0, "repetition_penalty": 1.0}
-    plain = GenerationConfig(**ALL_TOKENS, **sizes, eos_token_id=[*policy.end_ids] or [-1])
+    sizes |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    plain = GenerationConfig(**sizes, eos_token_id=[*policy.end_ids] or [-1])
     tokens = 0
     for i in range(0, len(problems), config.batch_size):
         prompts = [policy.prompt_ids(problem) for problem in problems[i : i + config.batch_size]]
@@ -4017,12 +3578,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_options(measuring, BENCH_OPTIONS, BENCH_DEFAULTS)
     measuring.add_argument("--repeats", type=int, default=3, help="of each (default: %(default)s)")
     measuring.add_argument("--json", default="", metavar="FILE", help="write the numbers to FILE")
-    data = commands.add_parser("data", help="write data/train.jsonl and data/test.jsonl")
-    base = commands.add_parser("pretrain", help="make data/base and data/attempts.jsonl anew")
-    for command in (data, base):
-        command.add_argument("--folder", default="data", help="where to (default: %(default)s)")
-        command.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
-    base.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -4043,10 +3598,6 @@ def chosen_config(options: argparse.Namespace) -> Config:
 
 def run_command(options: argparse.Namespace) -> None:
     """Do what the command line says."""
-    if options.command == "data":
-        return make_data(Path(options.folder), options.seed)
-    if options.command == "pretrain":
-        return pretrain(Path(options.folder), options.seed, threads=max(1, options.threads))
     if options.command == "plot":
         plot([Path(run) for run in options.runs], Path(options.out))
         return print(f"written to {options.out}")
