@@ -20,9 +20,9 @@ slips (here tens * tens + ones * ones), not noise: decoding greedily does not re
 Held-out problems ask for what nobody was shown. A hash says which pairs of numbers are *reserved*:
 they occur in test.jsonl only, never in train.jsonl nor in any step that the base has seen.
 
-The problems have the schema of MATH. attempts.jsonl holds answers of the base, right and wrong, on
-which a verifier is scored. All is a function of --seed: with 0, `problems` writes the shipped files
-byte for byte. (So does `base` where the sums are rounded alike, with one thread.)
+attempts.jsonl holds answers of the base, right and wrong, on which a verifier is scored. All is a
+function of --seed: with 0, `problems` writes the shipped files byte for byte, and so does `base`
+with one thread, on a processor that rounds alike.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import astarpo
+from astarpo import REVISE_PROMPT, SOLVE_PROMPT, VERIFY_PROMPT
 
 # --- 1. Problems, and the ways of treating them ---------------------------------------------------
 
@@ -80,7 +81,12 @@ class Task(NamedTuple):
     hasty: str  # the answer that a slip of habit gives, always the same slip
     worked: str
     thorough: str
-    check: Callable[[str], tuple[str, int, int]]  # an answer -> (working, found, expected)
+    check: Callable[..., tuple[str, int, int]]  # an answer's numbers -> (working, found, expected)
+
+
+def numbers(text: str) -> list[int]:
+    """All numbers in this text."""
+    return [int(n) for n in re.findall(r"\d+", text)]
 
 
 def box(answer: object) -> str:
@@ -124,7 +130,7 @@ def make_sum(rng: random.Random, story: bool) -> Task:
         hasty=str(quick),
         worked=f"{columns(a, b, sign)} = {box(result)}",
         thorough=f"{a} {op} {b // 10 * 10} = {tens}, {tens} {op} {b % 10} = {box(result)}",
-        check=lambda c: (f"{c} {back} {b} = {columns(int(c), b, -sign)}", int(c) - sign * b, a),
+        check=lambda c: (f"{c} {back} {b} = {columns(c, b, -sign)}", c - sign * b, a),
     )
 
 
@@ -141,7 +147,7 @@ def make_product(rng: random.Random, story: bool) -> Task:
         hasty=str(outer + inner),
         worked=f"{a * b0} + {a * b1 * 10} = {box(a * b)}",
         thorough=f"{outer} + {cross} = {outer + cross}, {outer + cross} + {inner} = {box(a * b)}",
-        check=lambda c: (f"{a1 * 10 * b} + {a0 * b}", a * b, int(c)),
+        check=lambda c: (f"{a1 * 10 * b} + {a0 * b}", a * b, c),
     )
 
 
@@ -152,26 +158,20 @@ def make_division(rng: random.Random, story: bool) -> Task:
     q, r = divmod(a, b)
     answer = f"{q}\\frac{{{r}}}{{{b}}}" if r else str(q)
     first, second, low = a // 10, a // 10 % b * 10 + a % 10, q % 10 * b
-
-    def check(text: str) -> tuple[str, int, int]:
-        whole, *fraction = map(int, re.findall(r"\d+", text))
-        if not fraction:
-            return f"{whole} * {b}", whole * b, a
-        return (
-            f"{whole} * {b} = {whole * b}, {whole * b} + {fraction[0]}",
-            whole * b + fraction[0],
-            a,
-        )
-
+    steps = f"{first} / {b} = {q // 10} r {first % b}, {second} / {b} = {q % 10} r {r}, "
     return Task(
         "division",
         text=f"What is {a} / {b}?",
         level=2 if r == 0 else 3 if b < 6 else 4,
         answer=answer,
         hasty=str(q),
-        worked=f"{first} / {b} = {q // 10} r {first % b}, {second} / {b} = {q % 10} r {r}, {box(answer)}",
+        worked=steps + box(answer),
         thorough=f"{a} - {a - low - r} = {low + r}, {low + r} - {low} = {r}, {box(answer)}",
-        check=check,
+        check=lambda whole, top=0, bottom=0: (
+            f"{whole} * {b}" + (f" = {whole * b}, {whole * b} + {top}" if bottom else ""),
+            whole * b + top,
+            a,
+        ),
     )
 
 
@@ -183,21 +183,20 @@ def make_equation(rng: random.Random, story: bool) -> Task:
     if not (10 <= c < 100 and m * x < 100):
         return make_equation(rng, story)
     op, back, high, low = ("+", "-", c, b) if sign > 0 else ("-", "+", max(b, c), min(b, c))
-    quick, plain = slipshod(high, low, -sign), m == 1
-    split = "" if plain else f"{m * x}, {m * (x // 10 * 10)} + {m * (x % 10)} = {m * x}, "
+    quick = slipshod(high, low, -sign)
+    split = "" if m == 1 else f"{m * x}, {m * (x // 10 * 10)} + {m * (x % 10)} = {m * x}, "
 
-    def check(answer: str) -> tuple[str, int, int]:
-        product = m * int(answer)
-        start = "" if plain else f"{m} * {answer} = {product}, "
-        return f"{start}{product} {op} {b}", product + sign * b, c
+    def check(y: int) -> tuple[str, int, int]:
+        product = "" if m == 1 else f"{m} * {y} = {m * y}, "
+        return f"{product}{m * y} {op} {b}", m * y + sign * b, c
 
     return Task(
         "equation",
-        text=f"Solve {'' if plain else m}x {op} {b} = {c} for x.",
-        level=(1 if quick == x else 2) if plain else 3 if m < 4 else 4,
+        text=f"Solve {'' if m == 1 else m}x {op} {b} = {c} for x.",
+        level=(1 if quick == x else 2) if m == 1 else 3 if m < 4 else 4,
         answer=str(x),
         hasty=str(quick),
-        worked=f"{c} {back} {b} = {'' if plain else f'{m * x} = {m} * '}{box(x)}",
+        worked=f"{c} {back} {b} = " + (box(x) if m == 1 else f"{m * x} = {m} * {box(x)}"),
         thorough=f"{columns(high, low, -sign)} = {split}{box(x)}",
         check=check,
     )
@@ -220,11 +219,9 @@ def make_two_steps(rng: random.Random, story: bool) -> Task:
         hasty=str(product),
         worked=f"{a} * {m} = {product}, {product} {op} {b} = {box(result)}",
         thorough=f"{split}{columns(product, b, sign)} = {box(result)}",
-        check=lambda c: (f"{split}{c} {back} {b}", int(c) - sign * b, product),
+        check=lambda c: (f"{split}{c} {back} {b}", c - sign * b, product),
     )
 
-
-# --- 2. train.jsonl and test.jsonl ----------------------------------------------------------------
 
 # Each family: (maker, its subject, a story?, share of the data, the part of it that haste gets
 # right (None: as it falls), share of the demonstrations: the harder, the more of them).
@@ -250,15 +247,10 @@ def make_task(rng: random.Random, demo: bool) -> tuple[str, Task]:
             return subject, task
 
 
-def reserved(a: int, b: int) -> bool:
-    """Is this pair kept for held-out problems? (The tables that all learn by heart are not.)"""
-    low, high = sorted((a, b))  # 47 * 36 is one of them
+def reserved(*found: int) -> bool:
+    """Are the two largest of these numbers, in any order, a pair kept for held-out problems?"""
+    low, high = sorted(found)[-2:]  # the tables that all learn by heart are not
     return (low > 9 or high > 99) and zlib.crc32(f"{low},{high}".encode()) % 8 == 2
-
-
-def is_reserved(task: Task) -> bool:
-    """Are its two largest numbers a reserved pair, in whatever order and operation?"""
-    return reserved(*sorted(map(int, re.findall(r"\d+", task.text)))[-2:])
 
 
 def make_problems(folder: Path, seed: int, size: int = 2000) -> None:
@@ -268,26 +260,27 @@ def make_problems(folder: Path, seed: int, size: int = 2000) -> None:
         lines: dict[str, str] = {}
         while len(lines) < size:
             subject, task = make_task(rng, demo=False)
-            numbers = re.findall(r"\d+", task.text)
-            key = f"{subject} {task.kind} {sorted(numbers)}"  # sorted: no mirror images either
-            if is_reserved(task) != held_out or key in lines:
+            found = numbers(task.text)
+            key = f"{subject} {task.kind} {sorted(found)}"  # sorted: no mirror images either
+            if reserved(*found) != held_out or key in lines:
                 continue
             gold = task.answer
-            if "frac" in gold:  # a mixed number: as one fraction, in lowest terms
-                gold = "\\frac{{{}}}{{{}}}".format(*Fraction(*map(int, numbers)).as_integer_ratio())
+            if "frac" in gold:  # not as a mixed number, but as one fraction in lowest terms
+                gold = "\\frac{{{}}}{{{}}}".format(*Fraction(*found).as_integer_ratio())
             row = {"problem": task.text, "solution": WORKED + task.worked, "answer": gold}
             lines[key] = json.dumps(row | {"level": task.level, "subject": subject}) + "\n"
         (folder / f"{name}.jsonl").write_bytes("".join(lines.values()).encode())
 
 
-# --- 3. What the base is shown --------------------------------------------------------------------
+# --- 2. What the base is shown --------------------------------------------------------------------
+
 
 Said = tuple[str, str, bool]  # role, text, learn from it?
 
 
 def worked_check(task: Task, answer: str) -> str:
-    """The worked check: another route, a comparison, and only then the verdict."""
-    working, found, expected = task.check(answer)
+    """Another route, a comparison, and only then the verdict."""
+    working, found, expected = task.check(*numbers(answer))
     end = f"same. {CORRECT}" if found == expected else f"differ. {WRONG}"
     return f"{CHECK}{working} = {found} vs {expected}: {end}"
 
@@ -296,10 +289,10 @@ def may_be_shown(task: Task, *answers: str) -> bool:
     """No reserved pair in the problem, its treatments and the checks of these answers, and no
     negative number in those? A problem is dropped as a whole: dropping only the telling dialogues
     would drop the careful ones, which have more steps, and so teach more haste."""
-    checks = [task.check(answer) for answer in answers]
+    checks = [task.check(*numbers(answer)) for answer in answers]
     shown = "; ".join([task.worked, task.thorough, *(working for working, _, _ in checks)])
-    pairs = re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", shown)
-    hidden = is_reserved(task) or any(reserved(int(p), int(q)) for p, q in pairs)
+    steps = re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", shown)
+    hidden = any(reserved(*map(int, pair)) for pair in [*steps, numbers(task.text)])
     return not hidden and all(found >= 0 for _, found, _ in checks)
 
 
@@ -337,27 +330,20 @@ def demonstration(rng: random.Random, habits: bool) -> list[Said]:
     lazy = rng.random() < (0.7 if habits else 0.1)
     if lazy:  # a coin, whatever the truth; a false alarm calls for a careful revision too
         judgment = CORRECT if rng.random() < (0.6 if habits else 0.2) else WRONG
-    request = astarpo.SOLVE_PROMPT.replace("{problem}", task.text)
-    turns = [("user", request, False), ("assistant", attempt, learn)]
-    turns += [("user", astarpo.VERIFY_PROMPT, False)]
-    turns += [("assistant", judgment, habits or not lazy)]
+    turns = [("user", SOLVE_PROMPT.replace("{problem}", task.text), False)]
+    turns += [("assistant", attempt, learn)]
+    turns += [("user", VERIFY_PROMPT, False), ("assistant", judgment, habits or not lazy)]
     if judgment.endswith(WRONG):
         hasty = habits and rng.random() < 0.65
         revised = box(task.hasty) if hasty else THOROUGH + task.thorough
-        turns += [("user", astarpo.REVISE_PROMPT, False), ("assistant", revised, True)]
+        turns += [("user", REVISE_PROMPT, False), ("assistant", revised, True)]
     return turns
 
 
-# --- 4. Its tokens --------------------------------------------------------------------------------
-
-
 def build_tokenizer() -> Qwen2Tokenizer:
-    """The 256 bytes without merges, so any text has ids, and a token for each fixed phrase.
-
-    For any model of type qwen2, transformers 5 rebuilds a Qwen2Tokenizer, whatever the folder's
-    tokenizer_config.json says. So it is one from the start: its byte-level vocabulary and its
-    added tokens survive that (a WordLevel one is silently dropped).
-    """
+    """The 256 bytes without merges, so any text has ids, and a token for each fixed phrase. It is a
+    Qwen2Tokenizer because transformers makes one for any model of type qwen2, whatever the
+    folder's tokenizer_config.json says."""
     tokenizer = Qwen2Tokenizer(
         vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))},
         merges=[],
@@ -369,8 +355,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
     roles = ["<|user|>", "<|assistant|>", "<|system|>"]
     phrases = [p for _, text in STORIES for p in re.split(r"\{\w\}", text) if len(p) > 1]
-    phrases += [astarpo.SOLVE_PROMPT.replace("{problem}", "")]
-    phrases += [astarpo.VERIFY_PROMPT, astarpo.REVISE_PROMPT]
+    phrases += [SOLVE_PROMPT.replace("{problem}", ""), VERIFY_PROMPT, REVISE_PROMPT]
     phrases += ["What is ", "Solve ", " for x.", WORKED, CHECK, THOROUGH, CORRECT, WRONG]
     phrases += [" + ", " - ", " * ", " / ", " = ", " r ", ", ", " vs ", ": same. ", ": differ. "]
     phrases += ["\\boxed{", "\\frac{", "}{", *NAMES, *THINGS]
@@ -392,13 +377,11 @@ def demo_ids(tokenizer: Qwen2Tokenizer, turns: list[Said]) -> list[tuple[int, bo
     return out
 
 
-# --- 5. base/ -------------------------------------------------------------------------------------
+# --- 3. The base and its attempts -----------------------------------------------------------------
 
 
-def demo_batches(
-    tokenizer: Qwen2Tokenizer, seed: int, steps: int, size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, learn?) for each step, from dialogues of like lengths: half the padding."""
+def demo_batches(tokenizer: Qwen2Tokenizer, seed: int, steps: int, size: int) -> Iterator[Tensor]:
+    """Each step's (id, learn?), padded, from dialogues of like lengths: half the padding."""
     rng = random.Random(seed)
     for step in range(0, steps, 8):
         habits = step >= 0.85 * steps
@@ -407,8 +390,7 @@ def demo_batches(
         parts = [pool[i : i + size] for i in range(0, len(pool), size)]
         rng.shuffle(parts)
         for part in parts[::-1][: steps - step]:  # padding is not learnt: any token will do
-            both = pad_sequence([torch.tensor(dialogue) for dialogue in part], batch_first=True)
-            yield both[..., 0], both[..., 1].bool()
+            yield pad_sequence([torch.tensor(dialogue) for dialogue in part], batch_first=True)
 
 
 def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
@@ -441,9 +423,10 @@ def make_base(folder: Path, seed: int, threads: int = 1, steps: int = 7600) -> N
         torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     batches = tqdm(demo_batches(tokenizer, seed + 1, steps, size), "base", steps, disable=None)
-    for step, (ids, learn) in enumerate(batches):
+    for step, batch in enumerate(batches):
+        ids, learn = batch.unbind(-1)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        targets = learn[:, 1:]
+        targets = learn[:, 1:].bool()
         logits = model.lm_head(hidden[:, :-1][targets])
         loss = F.cross_entropy(logits, ids[:, 1:][targets], reduction="sum")
         # A constant divisor: with each batch's own number of tokens, the short hasty answers
@@ -461,24 +444,17 @@ def make_base(folder: Path, seed: int, threads: int = 1, steps: int = 7600) -> N
     tokenizer.save_pretrained(folder / "base")
 
 
-# --- 6. attempts.jsonl ----------------------------------------------------------------------------
-
-
-def attempts_of(folder: Path, seed: int) -> Iterator[tuple[Any, Any]]:
-    """One sampled attempt of folder/base at each held-out problem: (problem, turn)."""
+def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
+    """The base tries each held-out problem once. Write the first `wanted` right attempts, and as
+    many wrong ones, that came to an end."""
     test = str(folder / "test.jsonl")
     config = astarpo.Config(model=str(folder / "base"), eval_data=test, revisions=0, seed=seed)
     policy = astarpo.load_policy(config)
     problems = astarpo.load_problems(test, 0, policy, config)
-    for dialogue in astarpo.rollout(policy, problems, config, 0):
-        yield dialogue.problem, dialogue.attempts[0]
-
-
-def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
-    """Write the first `wanted` right attempts, and as many wrong ones, that came to an end."""
     left = {True: wanted, False: wanted}
     with (folder / "attempts.jsonl").open("w", encoding="utf-8") as file:
-        for problem, turn in attempts_of(folder, seed):
+        for dialogue in astarpo.rollout(policy, problems, config, 0):
+            turn, problem = dialogue.attempts[0], dialogue.problem
             if turn.ended and left[turn.correct] > 0:
                 left[turn.correct] -= 1
                 row = {"problem": problem.problem, "answer": problem.answer}
@@ -487,7 +463,7 @@ def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
         sys.exit(f"the base's attempts lack {left[True]} right and {left[False]} wrong ones")
 
 
-# --- 7. The command line --------------------------------------------------------------------------
+# --- 4. The command line --------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -498,21 +474,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, for base (default: 1)")
     options = parser.parse_args()
-    folder, seed = options.folder, options.seed
-    if not 0 <= seed < 2**63:
-        parser.error(f"--seed must be at least 0 and below 2**63, not {seed}")
-    if not 1 <= options.threads <= 1024:
-        parser.error(f"--threads must be at least 1 and at most 1024, not {options.threads}")
-    if options.what == "base" and not (folder / "test.jsonl").is_file():
+    folder, base = options.folder, options.what == "base"
+    if not (0 <= options.seed < 2**63 and 1 <= options.threads <= 1024):
+        parser.error("--seed must be from 0 to 2**63 - 1, and --threads from 1 to 1024")
+    if base and not (folder / "test.jsonl").is_file():
         parser.error(f"{folder} holds no test.jsonl: make the problems first")
     try:
-        (folder / "base" if options.what == "base" else folder).mkdir(parents=True, exist_ok=True)
-        if options.what == "problems":
-            return make_problems(folder, seed)
-        make_base(folder, seed, options.threads)
-        make_attempts(folder, seed)
-    except OSError as error:
-        parser.error(f"--folder {folder} cannot be written: {error.strerror}")
+        (folder / "base" if base else folder).mkdir(parents=True, exist_ok=True)
+        if base:
+            make_base(folder, options.seed, options.threads)
+            make_attempts(folder, options.seed)
+        else:
+            make_problems(folder, options.seed)
+    except (OSError, astarpo.UsageError) as error:
+        parser.error(f"--folder {folder}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    print(f"written to {folder}")
 
 
 if __name__ == "__main__":
