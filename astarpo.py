@@ -368,7 +368,7 @@ def verify(text: str | None, gold: str | None) -> bool:
 # and the probability of a whole response is the product over its tokens. Chat models see a
 # conversation as one text with markers in it, written by the tokenizer's chat template:
 #
-#     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the math ...
+#     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the steps ...
 #     \---------- prompt --------------------------/\----- y1 -----/\--- bridge ------ ...
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
@@ -379,16 +379,15 @@ def verify(text: str | None, gold: str | None) -> bool:
 # log pi_ref before the first update, and (6) is a statement about exactly that difference.
 # (`load_policy`, in the appendix, makes a Policy of a model's folder.)
 
-# The requests, after those in PAG's appendix. They are all that we ever say to the model.
-SOLVE_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+# The requests are all that we ever say to the model. They ask for what PAG's ask for.
+SOLVE_PROMPT = "{problem}\nSolve this step by step, and put the final answer in \\boxed{}."
 VERIFY_PROMPT = (
-    "Check the math solution step-by-step. If you find a mistake: state the wrong step, explain "
-    "why it's wrong, and end your response with 'The answer is wrong.'. If all steps are correct, "
-    "end your response with 'The answer is correct.'."
+    "Check the steps of this solution one by one. If one is wrong, say which and why, and end with "
+    "'The answer is wrong.' If all are right, end with 'The answer is correct.'"
 )
 REVISE_PROMPT = (
-    "You indicated that your previous answer was wrong. Please reason step by step, and put your "
-    "final answer within \\boxed{}."
+    "Your answer may be wrong. Solve the problem again, step by step, and put the final answer in "
+    "\\boxed{}."
 )
 
 
