@@ -790,6 +790,7 @@ def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, ste
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
     index, number, turn = np.array(counters).T[:, :, None]
     u = uniform(config.seed, step, index, number, turn, np.arange(config.max_new_tokens))
+    u = u.reshape(len(dialogues), -1)  # also if it is one number
     responses = sample(policy, [dialogue.ids for dialogue in dialogues], u, config)
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
@@ -1018,7 +1019,7 @@ def evaluate_policy(
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
     summary = {**summarize(dialogues), **evaluate_pool(policy, config)}
     if k > 1:
-        summary |= voting(dialogues)
+        summary |= voting(dialogues, k)
     for trait in ("level", "subject"):
         groups: dict[str, list[Dialogue]] = defaultdict(list)
         for dialogue in dialogues:
@@ -1418,10 +1419,16 @@ def to_row(dialogue: Dialogue) -> dict[str, Any]:
     return row | {"sample": dialogue.sample, "ids": dialogue.ids, "turns": turns}
 
 
-def to_dialogue(row: dict[str, Any]) -> Dialogue:
-    """The dialogue of such a line."""
-    problem = Problem(**{item.name: row[item.name] for item in dataclasses.fields(Problem)})
-    return Dialogue(problem, row["ids"], row["sample"], [Turn(**turn) for turn in row["turns"]])
+def read_dialogues(rows: Iterable[dict[str, Any]]) -> list[Dialogue]:
+    """The dialogues of such lines, and not of a head line without turns."""
+    names = [item.name for item in dataclasses.fields(Problem)]
+    return [
+        Dialogue(
+            Problem(**{name: row[name] for name in names}),
+            row["ids"], row["sample"], [Turn(**turn) for turn in row["turns"]],
+        )
+        for row in rows if "turns" in row
+    ]  # fmt: skip
 
 
 def save_model(policy: Policy, folder: Path) -> None:
@@ -2052,50 +2059,50 @@ def show(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def recent_kl(history: Sequence[dict[str, Any]]) -> float:
-    """KL to the reference, in nats a turn: the mean over the last five training batches."""
-    return mean(m["kl"] for m in history[-5:] if m["kl"] is not None) or 0.0
-
-
-def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
+def report_stage_one(
+    dialogues: Sequence[Dialogue], v_star: Baselines, config: Config, told: set[str]
+) -> None:
     """What the reference can do: the distribution of V^*, and how many problems can teach."""
-    solved = scores(dialogues, 0)  # of N samples, for each problem
-    never, always = mean(s == 0 for s in solved), mean(s == 1 for s in solved)
+    solved = scores(dialogues)[:, 0]  # of N samples, for each problem
     values = {role: [v for (_, r), v in v_star.items() if r == role] for role in ROLES}
-    counts, _ = np.histogram(values["solve"], bins=10, range=(0, 1))
+    counts, tenths = np.histogram(values["solve"], bins=10, range=(0, 1))
     print(f"V* of {len(solved)} problems, solve role:")
-    for tenth, count in enumerate(counts):
+    for low, count in zip(tenths, counts):
         bar = "#" * math.ceil(50 * count / max(counts))
-        print(f"  {tenth / 10:.1f} to {tenth / 10 + 0.1:.1f} {count:>6} {bar}".rstrip())
+        print(f"  {low:.1f} to {low + 0.1:.1f} {count:>6} {bar}".rstrip())
     print("  mean: " + ", ".join(f"{role} {show(mean(v), 2)}" for role, v in values.items()))
+    never, always = np.mean(solved == 0), np.mean(solved == 1)
     print(f"  never solved {never:.0%}, always solved {always:.0%}: little to learn there")
     reach = f"pass@{len(dialogues) // len(solved)} of the reference {1 - never:.2f}"
     print(f"  {reach}: about what training can reach")
+    explain(statistics(dialogues) | {"never": never, "always": always}, config, told)
 
 
 def report_training(
-    summary: dict[str, Any], base: Sequence[Dialogue], new: Sequence[Dialogue]
+    summary: dict[str, Any], base: Sequence[Dialogue], trained: Sequence[Dialogue]
 ) -> None:
     """The table of before and after, and the first problem that the base got wrong."""
-    rows = {
-        "acc_t1": "accuracy, first attempt (acc@t1)",
-        "acc_final": "accuracy, final answer (acc@final)",
-        "verifier_balanced_acc": "verifier, own attempts (balanced)",
-        "verifier_pool_balanced_acc": "verifier, fixed pool (balanced)",
-        "mean_response_tokens": "response length (tokens a turn)",
-    }
-    before, after = summary["before"], summary["after"]
+    before, after = summary["before"] | {"kl": 0.0}, summary["after"] | {"kl": summary["kl"]}
     print(f"\n{before['n']} held-out problems, greedy{'before':>19}{'after':>9}")
-    for name, text in rows.items():
-        digits = 1 if name == "mean_response_tokens" else 3
-        print(f"  {text:<42}{show(before[name], digits):>8} {show(after[name], digits):>8}")
-    print(f"  {'KL to the reference (nats a turn)':<42}{show(0.0):>8} {show(summary['kl']):>8}")
+    for name, title in (
+        ("acc_t1", "accuracy, first attempt (acc@t1)"),
+        ("acc_final", "accuracy, final answer (acc@final)"),
+        ("verifier_balanced_acc", "verifier, own attempts (balanced)"),
+        ("verifier_pool_balanced_acc", "verifier, fixed pool (balanced)"),
+        ("mean_response_tokens", "response length (tokens a turn)"),
+        ("kl", "KL to the reference (nats a turn)"),
+    ):
+        old, new = (
+            show(numbers[name], 1 if "tokens" in name else 3) for numbers in (before, after)
+        )
+        print(f"  {title:<42}{old:>8} {new:>8}")
     print(f"  revisions after training: {after['fixed']} mended, {after['broken']} broken")
-    for old, now in [pair for pair in zip(base, new) if not pair[0].attempts[-1].correct][:1]:
+    wrong = next((i for i, d in enumerate(base) if not d.attempts[-1].correct), None)
+    if wrong is not None:
         print("\nThe first held-out problem that the base got wrong, before training:")
-        print_dialogue(old)
+        print_dialogue(base[wrong])
         print("and after:")
-        print_dialogue(now)
+        print_dialogue(trained[wrong])
 
 
 def report_evaluation(summary: dict[str, Any]) -> None:
@@ -2104,34 +2111,32 @@ def report_evaluation(summary: dict[str, Any]) -> None:
     for trait in ("level", "subject"):
         groups |= {f"{trait} {name}": group for name, group in summary[f"by_{trait}"].items()}
     print(f"\n{'':<24}{'n':>6}   {'acc@t1 [95 % interval]':<24}acc@final [95 %]")
-    for name, group in groups.items():
-        cells = [(group[k], *group[f"{k}_ci"]) for k in ("acc_t1", "acc_final")]
+    for title, group in groups.items():
+        cells = ((group[name], *group[f"{name}_ci"]) for name in ENDS)
         first, final = ("{:.3f} [{:.3f}, {:.3f}]".format(*cell) for cell in cells)
-        print(f"{name:<24.24}{group['n']:>6}   {first:<24}{final}")
+        print(f"{title:<24.24}{group['n']:>6}   {first:<24}{final}")
     print()
     for name, value in summary.items():
-        if not isinstance(value, dict | list) and not re.match("n$|acc_", name):
+        if not isinstance(value, dict | list) and name not in ("n", *ENDS):
             print(f"  {name:<32}{value if isinstance(value, int) else show(value):>10}")
     if "compare" in summary:
         print(f"\ncompared with {summary['compare']['with']}:")
-        for name in ("acc_t1", "acc_final"):
-            found = summary["compare"][name]
-            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(found["difference"], *found["ci"])
-            split = f"problems better {found['better']}, worse {found['worse']}"
-            print(f"  {name:<10}{gain}, {split}, p = {found['p']:.1g}")
+        line = "  {:<10}{difference:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}], "
+        line += "problems better {better}, worse {worse}, p = {p:.1g}"
+        for name in ENDS:
+            print(line.format(name, **summary["compare"][name]))
 
 
 def print_dialogue(dialogue: Dialogue) -> None:
     """A dialogue as a person would write it down."""
-    said = [("problem", dialogue.problem.problem)]
+    speeches = [("problem", dialogue.problem.problem)]
     for turn in dialogue.turns:
-        said.append((turn.role, turn.text.strip() + ("" if turn.ended else " [cut off]")))
-    for who, text in said:
-        for i, line in enumerate(text.splitlines() or [""]):
-            start = f"  {'' if i else who:<8} "
-            print(textwrap.fill(line, 79, initial_indent=start, subsequent_indent=" " * 11))
-    gold = dialogue.problem.answer
-    if gold:
+        speeches.append((turn.role, turn.text.strip() + " [cut off]" * (not turn.ended)))
+    for speaker, text in speeches:
+        for line in text.splitlines() or [""]:
+            print(textwrap.fill(f"  {speaker:<8} {line}", 79, subsequent_indent=" " * 11))
+            speaker = ""
+    if gold := dialogue.problem.answer:
         verdict = "right" if dialogue.attempts[-1].correct else f"wrong, it is {gold}"
         print(f"           ({verdict})")
 
@@ -2143,6 +2148,8 @@ def print_dialogue(dialogue: Dialogue) -> None:
 # at a problem can vote: by plain majority (*self-consistency*), or PAG's way, where only attempts
 # that the model's own check accepted have a vote. If checking is worth anything, that vote wins.
 
+ENDS = ("acc_t1", "acc_final")  # the accuracies at both ends of a dialogue
+
 
 def mean(values: Iterable[float]) -> float | None:
     """The mean, or None where there is nothing to average: 'none' is not 'zero'."""
@@ -2150,23 +2157,19 @@ def mean(values: Iterable[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def confusion(pairs: Iterable[tuple[bool | None, bool]], name: str) -> dict[str, float | None]:
-    """What (verdict, truth) pairs say of a verifier; a missing verdict is a miss. Precision: the
-    share of right ones among the attempts that it called correct.
-
-    >>> confusion([(True, True), (True, True), (True, True), (True, False)], "v")["v_balanced_acc"]
-    0.5
-    """
-    pairs = list(pairs)
-    on_right = mean(verdict is True for verdict, truth in pairs if truth)
-    on_wrong = mean(verdict is False for verdict, truth in pairs if not truth)
-    recalls = (on_right, on_wrong)
+def confusion(dialogues: Sequence[Dialogue], name: str) -> dict[str, float | None]:
+    """What the checks say of the attempts, and how it is; a missing verdict is a miss. Precision:
+    the share of right ones among the attempts that were called correct."""
+    pairs = [pair for d in dialogues for pair in zip(d.checks, d.attempts)]
+    judged = [(check.verdict, attempt.correct) for check, attempt in pairs]
+    right = mean(verdict is True for verdict, correct in judged if correct)
+    wrong = mean(verdict is False for verdict, correct in judged if not correct)
     return {
-        f"{name}_acc": mean(verdict == truth for verdict, truth in pairs),
-        f"{name}_balanced_acc": None if None in recalls else mean(recalls),
-        f"{name}_recall_right": on_right,
-        f"{name}_recall_wrong": on_wrong,
-        f"{name}_precision": mean(truth for verdict, truth in pairs if verdict is True),
+        f"{name}_acc": mean(verdict == correct for verdict, correct in judged),
+        f"{name}_balanced_acc": None if None in (right, wrong) else (right + wrong) / 2,
+        f"{name}_recall_right": right,
+        f"{name}_recall_wrong": wrong,
+        f"{name}_precision": mean(correct for verdict, correct in judged if verdict),
     }
 
 
@@ -2174,14 +2177,13 @@ def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
     """What there is to say about some dialogues; a training batch and an evaluation share it."""
     turns = [turn for d in dialogues for turn in d.turns]
     attempts = [turn for d in dialogues for turn in d.attempts]
-    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
-    revised = [pair for d in dialogues for pair in zip(d.attempts, d.attempts[1:])]
-    firsts = [d.attempts[0].text for d in dialogues]
+    revised = [pair for d in dialogues for pair in itertools.pairwise(d.attempts)]
+    firsts = Counter(d.attempts[0].text for d in dialogues)
     by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
     return {
         "acc_t1": mean(d.attempts[0].correct for d in dialogues),
         "acc_final": mean(d.attempts[-1].correct for d in dialogues),
-        **confusion(judged, "verifier"),
+        **confusion(dialogues, "verifier"),
         "revision_rate": mean(len(d.attempts) > 1 for d in dialogues),
         "answer_change_ratio": mean(not is_equiv(b.answer, a.answer) for a, b in revised),
         "fixed": sum(not a.correct and b.correct for a, b in revised),
@@ -2191,125 +2193,90 @@ def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
         **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
         "no_answer_rate": mean(turn.answer is None for turn in attempts),
         "truncated_rate": mean(not turn.ended for turn in turns),
-        "same_text_rate": max(Counter(firsts).values()) / len(firsts),  # 1: all alike
+        "same_text_rate": max(firsts.values()) / len(dialogues),  # 1: all alike
     }
+
+
+def scores(dialogues: Sequence[Dialogue]) -> np.ndarray:
+    """The ENDS of each problem, means over its dialogues, which follow one another: (n, 2). Samples
+    of one problem are not independent, so these are what gets an interval."""
+    n = len({d.problem.index for d in dialogues})
+    right = np.array([(d.attempts[0].correct, d.attempts[-1].correct) for d in dialogues])
+    return right.reshape(n, -1, 2).mean(axis=1)
 
 
 def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     """`statistics` as a report has it: with n, the number of problems, and with intervals."""
-    numbers = {"n": len(by_problem(dialogues)), **statistics(dialogues)}
-    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
-    ends = {"acc_t1_ci": 0, "acc_final_ci": -1}
-    return numbers | {name: interval(scores(dialogues, place)) for name, place in ends.items()}
+    solved = scores(dialogues)
+    summary: dict[str, Any] = {"n": len(solved), **statistics(dialogues)}
+    summary["mean_response_tokens"] = summary.pop("response_tokens")
+    for name, values in zip(ENDS, solved.T):
+        counted = np.isin(values, (0, 1)).all()  # one dialogue a problem, or all of them agree
+        summary[f"{name}_ci"] = wilson(values.sum(), len(values)) if counted else bootstrap(values)
+    return summary
 
 
 def wilson(successes: float, n: int) -> list[float]:
-    """95 % interval of a proportion (Wilson 1927): unlike p +- 2 s it is right near 0 and 1, too.
-
-    >>> [round(x, 4) for x in wilson(81, 263)]    # Newcombe (1998), table I
-    [0.2553, 0.3662]
-    """
+    """95 % interval of a proportion (Wilson 1927): unlike p +- 2 s it is right near 0 and 1, too."""
     z = 1.959964  # the normal distribution has 95 % within +- z
     centre = successes + z * z / 2
     spread = z * math.sqrt(successes * (1 - successes / n) + z * z / 4)
-    return [max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z))]
+    return np.clip([(centre + side) / (n + z * z) for side in (-spread, spread)], 0, 1).tolist()
 
 
 def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> list[float]:
     """95 % interval of a mean: that of the means of `draws` samples (n,) drawn with replacement."""
-    data, rng = np.asarray(values, float), np.random.default_rng(seed)
-    means = [data[rng.integers(len(data), size=len(data))].mean() for _ in range(draws)]
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(values, len(values)).mean() for _ in range(draws)]
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact p-value: how often a fair coin splits the problems that only one of two models solved
-    at least as unevenly.
-
-    >>> mcnemar(1, 9), mcnemar(0, 0)
-    (0.021484375, 1.0)
-    """
-    n, fewer = only_first + only_second, min(only_first, only_second)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that k of n attempts, `correct` of them right, hold a right one (Chen et al. 2021).
-
-    >>> pass_at_k(4, 2, 2)    # 5 of the 6 pairs
-    0.8333333333333334
-    """
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+def compare(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, Any]:
+    """Is the first model better than the second on the same problems? For both ENDS the paired
+    difference with its interval, the problems on which one beats the other, and McNemar's exact p:
+    how often a fair coin would split these problems at least as unevenly."""
+    found = {}
+    for name, gain in zip(ENDS, (scores(first) - scores(second)).T):
+        better, worse = int((gain > 0).sum()), int((gain < 0).sum())
+        n, fewer = better + worse, min(better, worse)
+        p = min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)
+        found[name] = {"difference": gain.mean().item(), "ci": bootstrap(gain)}
+        found[name] |= {"better": better, "worse": worse, "p": p}
+    return found
 
 
 def majority(answers: Iterable[str | None]) -> str | None:
-    """The commonest answer, where 1/2 and 0.5 are one; the earliest of several; None has no vote.
-
-    >>> majority(["7", None, "12", "12", None, None])
-    '12'
-    """
+    """The commonest answer, where 1/2 and 0.5 are one; the earliest of several; None has no vote."""
     votes: list[str] = []
     for answer in filter(None, answers):
         votes.append(next((vote for vote in votes if is_equiv(answer, vote)), answer))
     return Counter(votes).most_common(1)[0][0] if votes else None
 
 
-def accepted_majority(dialogues: Sequence[Dialogue]) -> str | None:
-    """PAG's vote: the majority of the answers that its own check accepted (if none, of all)."""
-    judged = [pair for d in dialogues for pair in zip(d.attempts, d.checks)]
-    accepted = [attempt.answer for attempt, check in judged if check.verdict is True]
-    return majority(accepted) or majority(d.attempts[0].answer for d in dialogues)
-
-
-def by_problem(dialogues: Sequence[Dialogue]) -> list[Sequence[Dialogue]]:
-    """The dialogues about each problem; they come one problem after the other."""
-    groups = itertools.groupby(dialogues, key=lambda dialogue: dialogue.problem.index)
-    return [list(group) for _, group in groups]
-
-
-def scores(dialogues: Sequence[Dialogue], place: int) -> list[float]:
-    """Of each problem's dialogues the share whose attempt `place` (0: first, -1: last) is right.
-    Samples of one problem are not independent, so this is what gets an interval."""
-    return [mean(d.attempts[place].correct for d in group) for group in by_problem(dialogues)]
-
-
-def interval(values: Sequence[float]) -> list[float]:
-    """95 % interval of mean scores: Wilson's if each is 0 or 1, else the bootstrap's."""
-    counted = all(value in (0.0, 1.0) for value in values)
-    return wilson(sum(values), len(values)) if counted else bootstrap(values)
-
-
-def voting(dialogues: Sequence[Dialogue]) -> dict[str, float]:
-    """pass@k for k = 1, 2, 4, ..., maj@K and pag@K of K dialogues about each problem."""
-    groups = by_problem(dialogues)
-    n, right = len(groups[0]), [sum(d.attempts[0].correct for d in group) for group in groups]
-    ks = sorted({2**i for i in range(n.bit_length())} | {n})
-    seen = {f"pass@{k}": mean(pass_at_k(n, c, k) for c in right) for k in ks}
-    plain = [majority(d.attempts[0].answer for d in group) for group in groups]
-    for name, votes in (("maj", plain), ("pag", map(accepted_majority, groups))):
-        pairs = zip(votes, groups)
-        seen[f"{name}@{n}"] = mean(is_equiv(vote, g[0].problem.answer) for vote, g in pairs)
-    return seen
-
-
-def compare(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, Any]:
-    """Is the first model better than the second on the same problems? For acc_t1 and acc_final the
-    paired difference with its interval, the problems on which one beats the other, and p."""
-    found = {}
-    for name, place in (("acc_t1", 0), ("acc_final", -1)):
-        gain = np.subtract(scores(first, place), scores(second, place))
-        split = {"better": int((gain > 0).sum()), "worse": int((gain < 0).sum())}
-        p = mcnemar(*split.values())
-        found[name] = {"difference": gain.mean().item(), "ci": bootstrap(gain), **split, "p": p}
-    return found
+def voting(dialogues: Sequence[Dialogue], n: int) -> dict[str, float]:
+    """Of n dialogues about each problem, maj@n, pag@n (where a check accepted nothing, all have a
+    vote), and pass@k for k = 1, 2, 4, ...: the chance that k of the n first attempts hold a right
+    one (Chen et al. 2021)."""
+    seen = defaultdict(list)
+    for start in range(0, len(dialogues), n):
+        group = dialogues[start : start + n]
+        firsts = [dialogue.attempts[0] for dialogue in group]
+        wrong = sum(not attempt.correct for attempt in firsts)
+        for k in sorted({2**i for i in range(n.bit_length())} | {n}):
+            seen[f"pass@{k}"].append(1 - math.comb(wrong, k) / math.comb(n, k))
+        judged = [pair for d in group for pair in zip(d.attempts, d.checks)]
+        plain = majority(attempt.answer for attempt in firsts)
+        accepted = majority(attempt.answer for attempt, check in judged if check.verdict)
+        for name, vote in (("maj", plain), ("pag", accepted or plain)):
+            seen[f"{name}@{n}"].append(is_equiv(vote, group[0].problem.answer))
+    return {name: mean(values) for name, values in seen.items()}
 
 
 def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
     """The verify turn's confusion on the fixed pool beside the evaluation data (attempts.jsonl);
     None where there is no pool, or no verify turn."""
-    data = local(config.eval_data)
-    path = data.parent / "attempts.jsonl"
-    pool = read_jsonl(path) if config.revisions and data.is_file() and path.is_file() else ()
+    path = local(config.eval_data).parent / "attempts.jsonl"
+    pool = read_jsonl(path) if config.revisions and path.is_file() else ()
     attempts = []
     for place, row in itertools.islice(pool, config.eval_limit or None):
         problem = to_problem(row, -1, place, Config())  # its columns are ours
@@ -2320,10 +2287,7 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         ids = prompt + encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
         attempts.append(Dialogue(problem, ids, turns=[turn]))
-
-    told = rollout(policy, attempts, config, -1, turns=2)
-    judged = [(d.checks[0].verdict, d.attempts[0].correct) for d in told]
-    return confusion(judged, "verifier_pool")
+    return confusion(rollout(policy, attempts, config, -1, turns=2), "verifier_pool")
 
 
 # --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
@@ -2332,6 +2296,7 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
 # Okabe and Ito's colours: people with any kind of colour vision can tell them apart.
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+STYLES = ("-", "--", ":", "-.")  # a group of runs has its own
 PANELS = (  # title, y axis, its limits, (metric, name, colour)...
     ("Loss", "squared error (reward²)", None, [("loss", "all turns", BLUE)]),
     ("Reward by role, accuracy", "mean reward", None, [
@@ -2347,74 +2312,54 @@ PANELS = (  # title, y axis, its limits, (metric, name, colour)...
 )  # fmt: skip
 
 
-def smooth(values: Sequence[float], width: int) -> np.ma.MaskedArray:
-    """Running mean over about `width` steps of the numbers that there are. (n,) -> (n,)
-
-    >>> smooth([1.0, math.nan, 3.0, 5.0], 3).tolist()
-    [1.0, 2.0, 4.0, 4.0]
-    """
-    known, half = np.ma.masked_invalid(values), width // 2
-    means = [known[max(0, i - half) : i + half + 1].mean() for i in range(len(known))]
-    return np.ma.masked_invalid([math.nan if m is np.ma.masked else m for m in means])
+Metrics = list[dict[str, Any]]  # the lines of metrics.jsonl
 
 
-def load_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """What is drawn of some runs. Those that differ in the seed alone are one group, whose name
-    says what makes it unlike the others. Raises UsageError for a folder that is no run's."""
-    runs, groups = [], defaultdict(list)
+def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[str, list[float]]]:
+    """The metrics of each group of runs, and V^* of their problems by level. Runs that differ in
+    the seed alone are a group, whose name says what makes it unlike the others."""
+    runs, v_star = [], defaultdict(list)
     for folder in folders:
-        try:
-            runs.append(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-            for name in ("metrics", "v_star"):
-                runs[-1][name + "_rows"] = [row for _, row in read_jsonl(folder / f"{name}.jsonl")]
-        except OSError as error:
-            raise UsageError(f"{folder} is not the folder of a run: {error}") from error
+        config = read_config(folder / "config.json")
+        runs.append((vars(config), [line for _, line in read_jsonl(folder / "metrics.jsonl")]))
+        dialogues = read_dialogues(row for _, row in read_jsonl(folder / "v_star.jsonl"))
+        values = baselines(dialogues, config)
+        for problem in {dialogue.problem for dialogue in dialogues}:
+            v_star[str(problem.level)].append(values[problem.index, "solve"])
     idle = {"seed", "out", "v_star", "eval_limit", "eval_every", "log_to", "threads", "device"}
-    names = {item.name for item in dataclasses.fields(Config)} - idle  # idle: not for learning
-    unlike = sorted(name for name in names if len({run.get(name) for run in runs}) > 1)
-    for run in runs:
-        groups[", ".join(f"{name} {run.get(name)}" for name in unlike)].append(run)
-    return groups
+    names = [name for name in vars(Config()) if name not in idle]  # idle: not for learning
+    unlike = [name for name in names if len({options[name] for options, _ in runs}) > 1]
+    groups = defaultdict(list)
+    for options, metrics in runs:
+        groups[", ".join(f"{name} {options[name]}" for name in unlike)].append(metrics)
+    return groups, dict(sorted(v_star.items()))
 
 
-def draw_curves(axis: Any, groups: Iterable[Any], metric: str, label: str, colour: str) -> None:
+def draw_curves(
+    axis: Any, groups: Iterable[list[Metrics]], metric: str, label: str, colour: str
+) -> None:
     """A metric of each group of runs: raw points, the smoothed mean, the band of its seeds."""
-    for style, runs in zip(itertools.cycle(("-", "--", ":", "-.")), groups):
-        longest = max(len(run["metrics_rows"]) for run in runs)
-        steps, curves = range(1, longest + 1), np.ma.masked_all((len(runs), longest))
-        for row, run in enumerate(runs):
-            # None becomes nan
-            raw = np.array([step.get(metric) for step in run["metrics_rows"]], float)
-            axis.plot(steps[: len(raw)], raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
-            curves[row, : len(raw)] = smooth(raw, max(3, longest // 10))
-        axis.plot(steps, curves.mean(0), style, color=colour, lw=2.5, label=label)
+    import pandas
+
+    for style, runs in zip(itertools.cycle(STYLES), groups):
+        values = [[line.get(metric) for line in metrics] for metrics in runs]
+        raw = pandas.DataFrame(values, dtype=float).T  # (steps, runs); nan where there is none
+        raw.index += 1
+        smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
+        axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
+        axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)
         if len(runs) > 1:
-            axis.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)
+            band = (smooth.min(axis=1), smooth.max(axis=1))
+            axis.fill_between(raw.index, *band, color=colour, alpha=0.2, lw=0)
         label = "_"  # the colours are explained once
 
 
-def draw_v_star(axis: Any, runs: Iterable[dict[str, Any]]) -> None:
-    """V^* of the solve role, the problems stacked by level."""
-    from matplotlib import colormaps
-
-    values: dict[str, list[float]] = defaultdict(list)
-    for row in (row for run in runs for row in run["v_star_rows"][1:]):
-        values[str(row["level"])].append(row["v_star"]["solve"])
-    levels = sorted(values)
-    columns, bins = [values[level] for level in levels], np.linspace(0, 1, 11).tolist()
-    colours = colormaps["cividis"](np.linspace(0.95, 0.1, len(levels)))
-    axis.hist(columns, bins, stacked=True, color=colours, label=levels)
-    axis.set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
-    axis.legend(title="level")
-
-
-def plot(runs: Sequence[Path], out: Path) -> None:
+def plot(folders: Sequence[Path], out: Path) -> None:
     """Draw the dashboard of some runs into one picture. Raises ImportError without matplotlib."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-    groups = load_runs(runs)
+    groups, v_star = load_runs(folders)
     with matplotlib.rc_context({"font.size": 15, "legend.fontsize": 12, "lines.markersize": 5}):
         figure = Figure(figsize=(13.5, 8.4), layout="constrained")
         axes = figure.subplots(2, 3).flat
@@ -2433,10 +2378,14 @@ def plot(runs: Sequence[Path], out: Path) -> None:
             above = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.98), "frameon": False}
             axis.legend(**above, ncols=2, handlelength=1, columnspacing=1)
         if len(groups) > 1:
-            styles = itertools.islice(itertools.cycle(("-", "--", ":", "-.")), len(groups))
-            lines = [Line2D([], [], color="black", ls=style) for style in styles]
-            figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
-        draw_v_star(axes[5], itertools.chain(*groups.values()))
+            styles = zip(itertools.cycle(STYLES), groups)
+            lines = [axes[0].plot([], [], style, color="k", label=name) for style, name in styles]
+            figure.legend(handles=itertools.chain(*lines), loc="outside lower center")
+        shades = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.1, len(v_star)))
+        tenths = np.linspace(0, 1, 11)
+        axes[5].hist([*v_star.values()], tenths, stacked=True, color=shades, label=[*v_star])
+        axes[5].set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
+        axes[5].legend(title="level")
         figure.savefig(out)
 
 
@@ -2463,7 +2412,7 @@ SYMPTOMS: list[tuple[Callable[[dict[str, float]], bool], str]] = [
         problems, a stronger --model, or more --num-samples."""),
     (lambda f: f["always"] > 0.9, """{always:.0%} of the problems were solved by each of
         {num_samples} samples (V* = 1): nothing is left to learn. Take harder problems."""),
-    (lambda f: f["any_skipped"] > 0, """The loss or its gradient is not finite (step {step:.0f}).
+    (lambda f: f["skipped"] > 0, """The loss or its gradient is not finite (step {step:.0f}).
         Such updates are left out; if they go on, lower --lr or use --dtype float32."""),
     (lambda f: f["kl"] > f["response_tokens"], """KL to the reference is {kl:.0f} nats a turn of
         {response_tokens:.0f} tokens: more than one a token, the policy is running away. Lower
@@ -2481,40 +2430,32 @@ SYMPTOMS: list[tuple[Callable[[dict[str, float]], bool], str]] = [
 ]  # fmt: skip
 
 
-def explain(facts: dict[str, Any], said: set[str]) -> None:
-    """Print the sentence of each symptom that the facts show, unless it was `said` before."""
+def explain(facts: dict[str, Any], config: Config, told: set[str]) -> None:
+    """Print the sentence of each symptom that the facts show, unless it was `told` before."""
+    facts = dataclasses.asdict(config) | facts
     known = defaultdict(lambda: math.nan, {k: v for k, v in facts.items() if v is not None})
     for shown, sentence in SYMPTOMS:
-        if sentence not in said and shown(known):
-            said.add(sentence)
+        if sentence not in told and shown(known):
+            told.add(sentence)
             text = "! " + " ".join(sentence.format_map(known).split())
-            text = textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False)
-            live = sys.stdout.isatty()  # there the progress bar's line is still open
-            print("\n" * live + text)
+            tqdm.write(textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False))
 
 
-def stage_one_facts(dialogues: Sequence[Dialogue], config: Config) -> dict[str, Any]:
-    """What stage 1 shows; samples that --v-star brought back have no texts to be judged."""
-    solved = scores(dialogues, 0)
-    shares = {"never": mean(s == 0 for s in solved), "always": mean(s == 1 for s in solved)}
-    return dataclasses.asdict(config) | (statistics(dialogues) if dialogues[0].ids else {}) | shares
-
-
-def training_facts(history: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
-    """Means over the last batches, and the best acc_final of as many batches."""
+def recent(history: Metrics) -> dict[str, float | None]:
+    """Each metric's mean over the last batches, as far as it is known."""
     last = history[-WINDOW:]
-    facts = {"any_skipped": last[-1]["skipped"], "step": last[-1]["step"]}
+    return {k: mean(m[k] for m in last if m[k] is not None) for m in last[:1] for k in m}
+
+
+def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
+    """Look at the last batches for symptoms. Raises RunError if no update is possible any more."""
+    facts = {name: history[-1][name] for name in ("step", "skipped")}
     if len(history) >= WINDOW:
-        facts |= {k: mean(m[k] for m in last if m[k] is not None) for k in last[0] if k != "step"}
-        finals = [m["acc_final"] for m in history]
-        means = [mean(finals[i - WINDOW : i]) for i in range(WINDOW, len(finals) + 1)]
-        facts |= {"best": max(means), "best_step": WINDOW + int(np.argmax(means))}
-    return dataclasses.asdict(config) | facts
-
-
-def stop_if_sick(history: Sequence[dict[str, Any]]) -> None:
-    """Raise RunError if no update was possible for some steps."""
-    if len(history) >= WINDOW and all(m["skipped"] == 1 for m in history[-WINDOW:]):
+        finals = [metrics["acc_final"] for metrics in history]
+        means = np.convolve(finals, np.full(WINDOW, 1 / WINDOW), "valid")
+        facts = recent(history) | facts | {"best": max(means), "best_step": WINDOW + means.argmax()}
+    explain(facts, config, told)
+    if [metrics["skipped"] for metrics in history[-WINDOW:]] == [1.0] * WINDOW:
         raise RunError(
             f"no finite loss and gradient in {WINDOW} steps running, so the run stops with its "
             "last good model: lower --lr, or use --dtype float32"
@@ -2596,7 +2537,7 @@ class Run:
         if len(rows) < len(wanted):
             rows = rows[: len(rows) // (PART * world()[1]) * PART * world()[1]]
         write_rows(self.stage_one, [{"fingerprint": self.mark}, *rows])
-        done = [to_dialogue(row) for row in rows[: len(wanted)]]
+        done = read_dialogues(rows[: len(wanted)])
         for dialogue in done:
             dialogue.pay(self.config.alpha)
         return done
@@ -2607,8 +2548,7 @@ class Run:
 
     def tell_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
         """Say what stage 1 found."""
-        report_stage_one(dialogues, v_star)
-        explain(stage_one_facts(dialogues, self.config), self.told)
+        report_stage_one(dialogues, v_star, self.config, self.told)
         if self.config.drop_unsolved and not any(d.turns[0].correct for d in dialogues):
             raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
 
@@ -2642,8 +2582,7 @@ class Run:
         append_rows(self.folder / "metrics.jsonl", [metrics])
         self.show(metrics)
         self.send(metrics)
-        explain(training_facts(self.metrics, self.config), self.told)
-        stop_if_sick(self.metrics)
+        diagnose(self.metrics, self.config, self.told)
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Move the bar; where there is no terminal, print a line now and then."""
@@ -2731,7 +2670,11 @@ class Run:
         """Save the model, evaluate it, report. Returns the summary."""
         save_model(self.learner.policy, self.folder / "checkpoint")
         after, dialogues = measure()
-        summary = {"before": self.before[0], "after": after, "kl": recent_kl(self.metrics)}
+        summary = {
+            "before": self.before[0],
+            "after": after,
+            "kl": recent(self.metrics).get("kl") or 0.0,
+        }
         write_rows(self.folder / "eval_results.jsonl", map(to_row, dialogues))
         write_json(self.folder / "summary.json", summary)
         report_training(summary, self.before[1], dialogues)
