@@ -775,6 +775,7 @@ def next_role(dialogue: Dialogue) -> str | None:
     return "solve" if done == 0 else ("revise", "verify")[done % 2]
 
 
+@torch.inference_mode()
 def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
     """The same next turn in each dialogue: what we say, what the policy writes, what we read off.
 
@@ -805,7 +806,6 @@ def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, ste
         dialogue.turns.append(turn)
 
 
-@torch.inference_mode()
 def rollout(
     policy: Policy,
     dialogues: Sequence[Dialogue],
@@ -2642,8 +2642,11 @@ class Run:
         if self.metrics:
             print(f"going on after step {len(self.metrics)}")
             policy, optimizer = learner.policy, learner.optimizer
-            set_model_state_dict(policy.model, state["model"], options=WHOLE)
-            set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=WHOLE)
+            weights = self.weights if is_first() else {"model": {}, "optimizer": {}}
+            set_model_state_dict(policy.model, weights["model"], options=FROM_FIRST)
+            set_optimizer_state_dict(
+                policy.model, optimizer, weights["optimizer"], options=FROM_FIRST
+            )
             policy.scaler.load_state_dict(state["scaler"])
         write_rows(self.folder / "metrics.jsonl", self.metrics)
         if self.evaluations or (self.folder / "eval.jsonl").exists():
@@ -2811,6 +2814,9 @@ def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None
 WHOLE = StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
 )
+
+
+FROM_FIRST = dataclasses.replace(WHOLE, cpu_offload=False, broadcast_from_rank0=True)
 
 
 def add_adapters(policy: Policy, rank: int, seed: int) -> None:
