@@ -68,8 +68,7 @@ appendix: what the lesson needs around it.
   Part II   A errors and progress   B loading and saving   C the algebra of answers
             D the report            E the numbers          F watching a run
             I runs that survive     J large models, several devices
-            K speed
-            L the command line
+            K speed                 L the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
             python astarpo.py eval
