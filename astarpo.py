@@ -2483,6 +2483,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.told: set[str] = set()  # the complaints so far: each comes once
         self.learner: Learner | None = None
+        self.tensors: tuple[Any, Any] = {}, {}  # of a state: model and optimizer, until restored
         self.before: tuple[dict[str, Any], list[Dialogue]] = ({}, [])
 
     def __enter__(self) -> Run:
@@ -2637,32 +2638,28 @@ class Run:
     def restore(self, learner: Learner) -> None:
         """Bring learner, metrics and evaluations back to the state, if there is one: what was
         written after it is done again."""
-        state = first(self.read_state)
+        state = first(self.open_state)
         self.metrics, self.evaluations = state["metrics"], state["evaluations"]
         if self.metrics:
             print(f"going on after step {len(self.metrics)}")
-            policy, optimizer = learner.policy, learner.optimizer
-            weights = self.weights if is_first() else {"model": {}, "optimizer": {}}
-            set_model_state_dict(policy.model, weights["model"], options=FROM_FIRST)
-            set_optimizer_state_dict(
-                policy.model, optimizer, weights["optimizer"], options=FROM_FIRST
-            )
-            policy.scaler.load_state_dict(state["scaler"])
+            model, optimizer = learner.policy.model, learner.optimizer
+            set_model_state_dict(model, self.tensors[0], options=FROM_FIRST)
+            set_optimizer_state_dict(model, optimizer, self.tensors[1], options=FROM_FIRST)
+            learner.policy.scaler.load_state_dict(state["scaler"])
+            self.tensors = {}, {}
         write_rows(self.folder / "metrics.jsonl", self.metrics)
         if self.evaluations or (self.folder / "eval.jsonl").exists():
             write_rows(self.folder / "eval.jsonl", self.evaluations)
 
-    def read_state(self) -> dict[str, Any]:
-        """state.pt, or what a run begins with. Raises UsageError for a damaged one."""
+    def open_state(self) -> dict[str, Any]:
+        """What state.pt says but for its tensors. Raises UsageError for a damaged one."""
         path = self.folder / "state.pt"
         if not path.exists():
             return {"metrics": [], "evaluations": []}
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return {
-                name: state[name]
-                for name in ("model", "optimizer", "scaler", "metrics", "evaluations")
-            }
+            self.tensors = state.pop("model"), state.pop("optimizer")
+            return {name: state[name] for name in ("metrics", "evaluations", "scaler")}
         except Exception as error:
             raise UsageError(
                 f"{path} is damaged or of another version ({reason_of(error)}): remove it, and "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import doctest
+import importlib.util
 import itertools
 import json
 import math
@@ -27,7 +28,6 @@ import time
 import traceback
 import types
 import unicodedata
-import zlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -1863,7 +1863,7 @@ def test_results_are_never_overwritten(finished, tmp_path, capsys):
     assert A.main(["train", "--out", str(tmp_path / "file")]) == 2
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "solve", "bench", "plot", "data", "pretrain"])
+@pytest.mark.parametrize("command", ["train", "eval", "solve", "bench", "plot"])
 def test_every_command_explains_its_options(command, capsys):
     with pytest.raises(SystemExit) as stop:
         A.main([command, "--help"])
@@ -2742,192 +2742,137 @@ def test_a_picture_needs_a_run_and_matplotlib(finished, tmp_path, monkeypatch, c
 
 # --- Our own problems and the base ----------------------------------------------------------------
 
-
-def rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
-
-
-def numbers(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text)]
+spec = importlib.util.spec_from_file_location("make", DATA / "make.py")
+make: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+TOKENIZER = make.build_tokenizer()
 
 
-def solve_again(problem: str) -> Fraction:
+def solve_again(problem: str) -> str:
     """The answer, found from the problem's words alone: nothing here comes from the generator."""
-    n = numbers(problem)
-    if m := re.fullmatch(r"What is (\d+) ([-+*/]) (\d+)\?", problem):
-        a, b = Fraction(m[1]), Fraction(m[3])
-        return {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[m[2]]
-    if m := re.fullmatch(r"Solve (\d*)x ([-+]) (\d+) = (\d+) for x\.", problem):
-        moved = int(m[4]) - int(m[3]) if m[2] == "+" else int(m[4]) + int(m[3])
-        return Fraction(moved, int(m[1] or 1))
+    n = [Fraction(number) for number in re.findall(r"\d+", problem)]
+    if m := re.fullmatch(r"Solve (\d*)x ([-+]) \d+ = \d+ for x\.", problem):
+        return str((n[-1] - n[-2] if m[2] == "+" else n[-1] + n[-2]) / int(m[1] or 1))
     if "bags of" in problem:  # two steps
-        if "gives away" in problem:
-            return Fraction(n[0] * n[1] - n[2])
-        return Fraction(n[0] + n[1] * n[2])
-    if re.search(r"gives away|sold", problem):
-        return Fraction(n[0] - n[1])
-    if re.search(r"buys|in another", problem):
-        return Fraction(n[0] + n[1])
-    assert re.search(r"boxes of|each", problem), problem
-    return Fraction(n[0] * n[1])
+        return str(n[0] * n[1] - n[2] if "gives away" in problem else n[0] + n[1] * n[2])
+    words = [(r" / ", n[0] / n[1]), (r" - |gives away|sold", n[0] - n[1])]
+    words += [(r" \+ |buys|in another", n[0] + n[1]), (r" \* |boxes of|each", n[0] * n[1])]
+    return str(next(result for word, result in words if re.search(word, problem)))
 
 
-def value(answer: str) -> Fraction:
-    """An integer, a fraction or a mixed number in LaTeX."""
-    m = re.fullmatch(r"(\d+)?(?:\\frac\{(\d+)\}\{(\d+)\})?", answer)
-    assert m and answer, answer
-    return Fraction(m[1] or 0) + (Fraction(int(m[2]), int(m[3])) if m[2] else 0)
+def largest(problem: str) -> tuple[int, ...]:
+    return tuple(sorted(map(int, re.findall(r"\d+", problem)))[-2:])
 
 
-def largest(problem: str) -> tuple[int, int]:
-    low, high = sorted(numbers(problem))[-2:]
-    return low, high
-
-
-def test_the_shipped_files_are_what_the_generator_writes(tmp_path: Path) -> None:
-    A.make_data(tmp_path, seed=0)
+def test_the_shipped_problems_are_what_is_made_right_and_various(tmp_path, capsys):
+    make.main(["problems", "--folder", str(tmp_path)])
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
-
-
-@pytest.mark.parametrize("name", ["train", "test"])
-def test_every_answer_is_right(name: str) -> None:
-    for row in rows(name):
-        assert value(row["answer"]) == solve_again(row["problem"]), row
-        boxed = re.search(r"\\boxed\{(.*)\}$", row["solution"])
-        assert boxed and value(boxed[1]) == value(row["answer"]), row
-
-
-def test_every_step_of_every_shown_solution_is_true() -> None:
-    rng = random.Random(5)
-    for _ in range(2000):
-        _, task = A.make_task(rng, demo=False)
-        for text in (task.worked, task.thorough, A.worked_check(task, task.answer)):
-            plain = re.sub(r"\\boxed\{(\d+)\}", r"\1", text)
-            division = r"(\d+) / (\d+) = (\d+) r (\d+), "
-            for a, b, q, r in re.findall(division, plain):
-                assert divmod(int(a), int(b)) == (int(q), int(r)), text
-            rest = re.sub(division, "", plain)
-            for left, right in re.findall(r"(\d[-+*\d ]*) = (?=(\d[-+*\d ]*))", rest):
-                assert eval(left) == eval(right), text
-
-
-def test_the_data_have_variety() -> None:
-    test = rows("test")
-    assert len(test) >= 2000
-    for data in (test, rows("train")):
-        assert len({r["subject"] for r in data}) >= 4
-        assert {r["level"] for r in data} == {1, 2, 3, 4, 5}
-        assert any("frac" in r["answer"] for r in data)
-        assert len({r["problem"] for r in data}) == len(data)
-
-
-def held_out_pairs() -> set[tuple[int, int]]:
-    return {largest(r["problem"]) for r in rows("test")}
-
-
-def test_no_pair_of_the_held_out_problems_is_in_the_training_file() -> None:
-    assert not held_out_pairs() & {largest(r["problem"]) for r in rows("train")}
+        rows = read_lines(DATA / name)
+        for row in rows:
+            right = solve_again(row["problem"])
+            assert is_equiv(row["answer"], right) and verify(row["solution"], right), row
+        assert len({row["problem"] for row in rows}) == 2000
+        assert len({row["subject"] for row in rows}) >= 4
+        assert {row["level"] for row in rows} == {1, 2, 3, 4, 5}
+        assert any("frac" in row["answer"] for row in rows)
 
 
 @pytest.mark.parametrize("habits", [False, True])
-def test_no_pair_of_the_held_out_problems_is_ever_demonstrated(habits: bool) -> None:
-    held_out, rng = held_out_pairs(), random.Random(3)
-    for low, high in held_out:  # the reservation, recomputed
-        assert zlib.crc32(f"{low},{high}".encode()) % 8 == 2 and (low > 9 or high > 99)
+def test_what_is_held_out_is_never_shown_in_training(habits):
+    held_out = {largest(row["problem"]) for row in read_lines(DATA / "test.jsonl")}
+    assert not held_out & {largest(row["problem"]) for row in read_lines(DATA / "train.jsonl")}
+    assert all(make.reserved(*pair) for pair in held_out)
+    assert make.reserved(47, 36) and make.reserved(36, 47)  # the README's
+    rng = random.Random(3)
     for _ in range(3000):
-        turns = A.demonstration(rng, habits)
-        problem = turns[0][1].split("\n")[0]
-        assert largest(problem) not in held_out, problem
-        for _, text, _ in turns[1:]:
-            for p, q in re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", text):
-                assert (min(int(p), int(q)), max(int(p), int(q))) not in held_out, text
+        (_, request, _), *turns = make.demonstration(rng, habits)
+        assert largest(request) not in held_out, request
+        for _, text, _ in turns:
+            for pair in re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", text):
+                assert tuple(sorted(map(int, pair))) not in held_out, text
 
 
-def test_habits_do_not_depend_on_the_problem() -> None:
-    rng, hasty, easy = random.Random(4), [], []
-    for _ in range(4000):
-        turns = A.demonstration(rng, True)
-        if turns[1][2]:
-            hasty.append(turns[1][1].startswith("\\boxed"))
-            easy.append(re.match(r"What is \d+ [-+]", turns[0][1]) is not None)
-    for group in (True, False):
-        share = [h for h, e in zip(hasty, easy, strict=True) if e == group]
-        assert 0.63 < sum(share) / len(share) < 0.77
-
-
-def test_a_demonstrated_verdict_is_right_when_it_was_checked() -> None:
-    rng = random.Random(6)
+def test_every_step_of_every_shown_solution_is_true():
+    rng = random.Random(5)
+    division = r"(\d+) / (\d+) = (\d+) r (\d+), "
     for _ in range(2000):
-        turns = A.demonstration(rng, False)
-        if not turns[3][1].startswith(A.CHECK):
-            continue
-        boxed = re.search(r"\\boxed\{(.*)\}$", turns[1][1])
-        assert boxed
-        right = value(boxed[1]) == solve_again(turns[0][1].split("\n")[0])
-        assert turns[3][1].endswith(A.CORRECT if right else A.WRONG)
-        assert not right or turns[1][2], "a right attempt is learnt"
+        _, task = make.make_task(rng, demo=False)
+        for text in (task.worked, task.thorough, make.worked_check(task, task.answer)):
+            for a, b, q, r in re.findall(division, text):
+                assert divmod(int(a), int(b)) == (int(q), int(r)), text
+            rest = re.sub(r"\\boxed\{(\d+)\}", r"\1", re.sub(division, "", text))
+            for left, right in re.findall(r"(\d[-+*\d ]*) = (?=(\d[-+*\d ]*))", rest):
+                assert is_equiv(left, right), text
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list:
-    """As built, as reloaded for a model of type qwen2, and as shipped."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    built = A.build_tokenizer()
-    built.save_pretrained(folder)
-    (folder / "config.json").write_text('{"model_type": "qwen2"}')
-    return [built, *(AutoTokenizer.from_pretrained(f) for f in (folder, DATA / "base"))]
+def test_haste_does_not_depend_on_the_problem_and_worked_checks_are_right():
+    rng = random.Random(4)
+    hasty: dict[bool, list[bool]] = {True: [], False: []}
+    for _ in range(4000):
+        (_, request, _), (_, attempt, learn), _, (_, judgment, _), *_ = make.demonstration(
+            rng, True
+        )
+        right = verify(attempt, solve_again(request.split("\n")[0]))
+        if learn:
+            easy = re.match(r"What is \d+ [-+]", request) is not None
+            hasty[easy].append(attempt.startswith(r"\boxed"))
+        assert learn or not right
+        assert A.parse_judgment(judgment) is right or not judgment.startswith(make.CHECK)
+    assert all(0.63 < np.mean(group) < 0.77 for group in hasty.values())
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text())
-def test_the_tokenizer_survives_the_reload_and_keeps_any_text(tokenizers: list, text: str) -> None:
+@settings(max_examples=200)
+@given(text=st.text())
+def test_the_tokenizer_survives_the_reload_and_keeps_any_text(text, base):
     text = unicodedata.normalize("NFC", text)  # Qwen2's own normalizer does this to every text
-    built, *reloaded = tokenizers
-    ids = built.encode(text)
-    for tokenizer in reloaded:
-        assert tokenizer.encode(text) == ids
-        assert tokenizer.decode(ids) == text
+    assert base.tokenizer.encode(text) == TOKENIZER.encode(text)
+    assert base.tokenizer.decode(TOKENIZER.encode(text)) == text
 
 
-def test_problems_and_demonstrations_keep_their_ids(tokenizers: list) -> None:
-    built, *reloaded = tokenizers
-    assert (built.eos_token, built.pad_token) == ("<|end|>", "<|pad|>")
-    assert len(built) <= 400 and built.eos_token_id != built.pad_token_id
+@pytest.mark.parametrize("habits", [False, True])
+def test_demonstrations_are_what_the_template_writes_and_only_answers_are_learnt(habits, base):
     rng = random.Random(7)
-    for _ in range(300):
-        turns = A.demonstration(rng, True)
-        ids = [t for t, _ in A.demo_ids(built, turns)]
-        messages = [{"role": r, "content": t} for r, t, _ in turns]
-        for tokenizer in reloaded:
-            assert tokenizer.apply_chat_template(messages, return_dict=False) == ids
-            for _, text, _ in turns:
-                assert tokenizer.decode(tokenizer.encode(text)) == text
-            for k in range(
-                1, len(turns), 2
-            ):  # each later turn extends the ids of the earlier ones exactly
-                start = tokenizer.apply_chat_template(
-                    messages[:k], add_generation_prompt=True, return_dict=False
-                )
-                assert start == ids[: len(start)]
+    for _ in range(200):
+        turns = make.demonstration(rng, habits)
+        pairs = make.demo_ids(TOKENIZER, turns)
+        ids = [i for i, _ in pairs]
+        messages = [{"role": role, "content": text} for role, text, _ in turns]
+        assert base.tokenizer.apply_chat_template(messages, return_dict=False) == ids
+        for k in range(1, len(turns), 2):  # each later turn extends the ids of the earlier ones
+            start = A.encode(base.tokenizer, A.render(base.tokenizer, messages[:k]))
+            assert start == ids[: len(start)]
+        learnt = TOKENIZER.decode([i for i, learn in pairs if learn])
+        assert learnt == "".join(f"{text}<|end|>" for _, text, learn in turns if learn)
 
 
-def test_only_what_the_assistant_says_is_learnt() -> None:
-    tokenizer = A.build_tokenizer()
-    rng = random.Random(8)
-    for _ in range(100):
-        turns = A.demonstration(rng, False)
-        pairs = A.demo_ids(tokenizer, turns)
-        learnt = tokenizer.decode([t for t, learn in pairs if learn])
-        assert learnt == "".join(f"{t}<|end|>" for _, t, learn in turns if learn)
+def test_a_base_is_made_the_same_again_and_like_the_shipped_one(tmp_path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    for folder in (first, second):
+        make.make_base(folder, seed=0, steps=2)
+    for file in (DATA / "base").iterdir():
+        made = (first / "base" / file.name).read_bytes()
+        assert made == (second / "base" / file.name).read_bytes()
+        assert made == file.read_bytes() or file.suffix == ".safetensors"
+        assert len(made) == file.stat().st_size < 4e6
 
 
-def test_the_base_is_small_and_ordinary() -> None:
-    model = AutoModelForCausalLM.from_pretrained(DATA / "base")
-    assert model.config.model_type == "qwen2"
-    assert sum(f.stat().st_size for f in (DATA / "base").iterdir()) < 8e6
-    assert model.generation_config.temperature in (None, 1.0)
+def test_attempts_are_as_many_right_as_wrong_or_it_says_what_lacks(tmp_path):
+    shutil.copytree(DATA / "base", tmp_path / "base")
+    lines = (DATA / "test.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(lines[:40]))
+    make.make_attempts(tmp_path, seed=0, wanted=4)
+    correct = [row["correct"] for row in read_lines(tmp_path / "attempts.jsonl")]
+    assert sorted(correct) == [False] * 4 + [True] * 4
+    with pytest.raises(SystemExit, match="lack"):
+        make.make_attempts(tmp_path, seed=0, wanted=40)
 
 
-def test_the_readme_problem_is_never_demonstrated() -> None:
-    assert A.reserved(36, 47) and A.reserved(47, 36)
+BAD = ["", "nonsense", "problems --seed -1", "base --threads 0", "base --folder nowhere"]
+
+
+@pytest.mark.parametrize("what", [*BAD, f"problems --folder {A.__file__}"])
+def test_make_refuses_what_makes_no_sense(what, capsys):
+    with pytest.raises(SystemExit) as stop:
+        make.main(what.split())
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err

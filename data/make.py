@@ -466,14 +466,14 @@ def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
 # --- 4. The command line --------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Make what the command line asks for. Bad input: one sentence, exit status 2."""
     parser = argparse.ArgumentParser(description="Make what lies in data/.")
     parser.add_argument("what", choices=("problems", "base"), help="what to make")
     parser.add_argument("--folder", type=Path, default=HERE, help="where to (default: data/)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, for base (default: 1)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     folder, base = options.folder, options.what == "base"
     if not (0 <= options.seed < 2**63 and 1 <= options.threads <= 1024):
         parser.error("--seed must be from 0 to 2**63 - 1, and --threads from 1 to 1024")
