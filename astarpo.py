@@ -169,12 +169,13 @@ def option(
     on: str = "train",
 ) -> Any:
     """A Config field with its help text, the values that make sense, and the commands it is for."""
-    return field(default=default, metadata={"help": text, "within": within, "choices": choices,
-                                            "on": on.split()})  # fmt: skip
+    about = {"help": text, "within": within, "choices": choices, "on": on.split()}
+    return field(default=default, metadata=about)
 
 
-AT_LEAST_1 = (1, math.inf)
+AT_LEAST_1, POSITIVE = (1, math.inf), (1e-9, math.inf)
 BOTH, ALL = "train eval", "train eval solve"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -190,52 +191,38 @@ class Config:
     batch_size: int = option(64, "stage 2: problems a batch, one dialogue each", AT_LEAST_1)
     lr: float = option(3e-4, "AdamW's learning rate after warm-up", (0, 1))
     beta1: float = option(0.5, "temperature of V* in (5), in units of reward", (1e-6, 1e6))
-    beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", (1e-9, math.inf))
+    beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", POSITIVE)
     num_samples: int = option(8, "stage 1: responses a problem (N)", AT_LEAST_1)
     baseline: str = option("vstar", "what is subtracted from r", choices=("vstar", "mean", "zero"))
     alpha: float = option(1.0, "PAG: weight of the change in a revision's reward")
-    revisions: int = option(
-        1, "PAG: rounds of verify and revise; 0 is A*-PO alone", (0, 10), on=ALL
-    )
+    revisions: int = option(1, "PAG: rounds of verify and revise (0: A*-PO alone)", (0, 10), on=ALL)
     max_new_tokens: int = option(64, "longest response of one turn (tokens)", AT_LEAST_1, on=ALL)
-    temperature: float | None = option(
-        None, "of sampling (default: 1 in training, else 0: greedy)", (0, 100), on=ALL
-    )
+    temperature: float | None = option(None, "default: 1; in eval 0, greedy", (0, 100), on=ALL)
 
     # For real models, other data and long runs:
-    max_prompt_tokens: int = option(
-        128, "longer problems are left out (tokens)", AT_LEAST_1, on=ALL
-    )
+    max_prompt_tokens: int = option(128, "longer problems are left out", AT_LEAST_1, on=ALL)
     train_limit: int = option(256, "use the first so many training problems (0: all)")
-    eval_limit: int = option(
-        500, "evaluate on the first so many held-out problems (0: all)", on=BOTH
-    )
+    eval_limit: int = option(500, "use the first so many held-out problems (0: all)", on=BOTH)
     problem_column: str = option("", "column of the problem's text (default: usual ones)", on=BOTH)
     answer_column: str = option("", "column of the answer or worked solution (likewise)", on=BOTH)
     v_star: str = option("", "begin with this v_star.jsonl of an earlier run")
     drop_unsolved: bool = option(False, "leave out problems that no stage-1 sample solved")
     minibatches: int = option(1, "updates a batch; above 1 is off-policy (paper: 2)", AT_LEAST_1)
     warmup: int = option(3, "steps over which the learning rate rises to --lr")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", (1e-9, math.inf))
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", POSITIVE)
     eval_every: int = option(0, "evaluate every so many steps and keep the best model (0: never)")
     save_every: int = option(10, "keep a state to resume from every so many steps (0: never)")
     log_to: str = option("none", "send the metrics to", choices=("none", "tensorboard", "wandb"))
     samples: int = option(1, "dialogues a problem (K)", AT_LEAST_1, on="eval")
-    top_p: float = option(
-        1.0, "sample from the likeliest tokens, of this share", (1e-6, 1), on="eval"
-    )
+    top_p: float = option(1.0, "share of the likeliest tokens that count", (1e-6, 1), on="eval")
     compare: str = option("", "a second model, or run, on the same problems", on="eval")
-    rollout_tokens: int = option(
-        32768, "sampling: tokens in the key/value cache at a time", AT_LEAST_1, on=BOTH
-    )
-    update_tokens: int = option(512, "update: tokens of one pass, with padding", AT_LEAST_1)
+    rollout_tokens: int = option(32768, "sampling: tokens in one batch", AT_LEAST_1, on=BOTH)
+    update_tokens: int = option(512, "update: tokens in one pass, with padding", AT_LEAST_1)
     gradient_checkpointing: bool = option(False, "compute activations twice, to save memory")
     lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", (0, 4096))
     parallel: str = option("ddp", "how torchrun's processes share", choices=("ddp", "fsdp"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N", on=ALL)
-    dtype: str = option(
-        "auto", "compute in", choices=("auto", "float32", "bfloat16", "float16"), on=ALL
-    )
+    dtype: str = option("auto", "compute in", choices=DTYPES, on=ALL)
     threads: int = option(0, "CPU threads (0: 1 below 10M parameters, else all)", (0, 1024), on=ALL)
 
 
@@ -971,7 +958,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         deal_out(policy, ref, config)  # fsdp: over the devices
         greedy = dataclasses.replace(config, temperature=0.0)
         measure = functools.partial(evaluate_policy, policy, held_out, greedy)
-        run.first_evaluation(measure)
+        before = measure()
         dialogues = stage_one(ref, problems, config, run)
         v_star = baselines(dialogues, config)
         run.tell_stage_one(dialogues, v_star)
@@ -995,7 +982,8 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 seen = [update(learner, part, config) for part in parts]
             run.tell(dialogues, seen)
             run.check_in(measure)  # now and then: evaluate, keep the best, save a state
-        return run.finish(measure)
+        save_model(policy, run.folder / "checkpoint")
+        return run.finish(before, measure())
 
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
@@ -1377,58 +1365,41 @@ def check_context(policy: Policy, config: Config) -> None:
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is whole or not there at all (in the first process only)."""
-    if is_first():
-        with whole_or_not(path) as file:
-            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 @contextlib.contextmanager
 def whole_or_not(path: Path, mode: str = "w") -> Iterator[Any]:
     """A file to write that takes its place, on the disk, only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
+        raise RunError(f"{path} cannot be written ({error})") from error
     partial.replace(path)
 
 
-def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Write a JSONL file, whole or not at all (in the first process only)."""
+def write_rows(
+    path: Path, rows: Iterable[Any], append: bool = False, indent: int | None = None
+) -> None:
+    """Write a JSON or JSONL file, whole or not at all, or append to it (in the first process)."""
     if is_first():
-        with whole_or_not(path) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def append_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Add lines to a JSONL file, and see them on the disk (in the first process only)."""
-    if is_first():
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("a", encoding="utf-8") if append else whole_or_not(path) as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, indent=indent) + "\n")
 
 
 def to_row(dialogue: Dialogue) -> dict[str, Any]:
-    """A dialogue as a line of v_star.jsonl or eval_results.jsonl: problem, ids, turns."""
-    row = {**dataclasses.asdict(dialogue.problem), "correct": dialogue.attempts[-1].correct}
-    turns = [dataclasses.asdict(turn) for turn in dialogue.turns]
-    return row | {"sample": dialogue.sample, "ids": dialogue.ids, "turns": turns}
+    """A dialogue as a line of v_star.jsonl or eval_results.jsonl."""
+    parts = {"problem": vars(dialogue.problem), "turns": [vars(turn) for turn in dialogue.turns]}
+    return vars(dialogue) | parts
 
 
-def read_dialogues(rows: Iterable[dict[str, Any]]) -> list[Dialogue]:
-    """The dialogues of such lines, and not of a head line without turns."""
-    names = [item.name for item in dataclasses.fields(Problem)]
-    return [
-        Dialogue(
-            Problem(**{name: row[name] for name in names}),
-            row["ids"], row["sample"], [Turn(**turn) for turn in row["turns"]],
-        )
-        for row in rows if "turns" in row
-    ]  # fmt: skip
+def to_dialogue(row: dict[str, Any]) -> Dialogue:
+    """The dialogue of such a line."""
+    turns = [Turn(**turn) for turn in row["turns"]]
+    return Dialogue(Problem(**row["problem"]), row["ids"], row["sample"], turns)
 
 
 def save_model(policy: Policy, folder: Path) -> None:
@@ -2322,7 +2293,7 @@ def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[s
     for folder in folders:
         config = read_config(folder / "config.json")
         runs.append((vars(config), [line for _, line in read_jsonl(folder / "metrics.jsonl")]))
-        dialogues = read_dialogues(row for _, row in read_jsonl(folder / "v_star.jsonl"))
+        dialogues = [to_dialogue(row) for row in read_stage_one(folder / "v_star.jsonl")]
         values = baselines(dialogues, config)
         for problem in {dialogue.problem for dialogue in dialogues}:
             v_star[str(problem.level)].append(values[problem.index, "solve"])
@@ -2475,26 +2446,24 @@ class Run:
 
     def __init__(self, config: Config, resume: bool) -> None:
         check_options(config, "train")
-        self.config, self.resumed, self.folder = config, resume, Path(config.out)
-        if not resume:
-            self.folder = first(lambda: new_folder(config.out))
+        self.config, self.resumed = config, resume
+        self.folder = Path(config.out) if resume else first(lambda: new_folder(config.out))
         self.metrics: list[dict[str, Any]] = []  # of the steps so far
         self.evaluations: list[dict[str, Any]] = []  # of --eval-every
         self.seconds: dict[str, float] = {}
         self.told: set[str] = set()  # the complaints so far: each comes once
         self.learner: Learner | None = None
-        self.tensors: tuple[Any, Any] = {}, {}  # of a state: model and optimizer, until restored
-        self.before: tuple[dict[str, Any], list[Dialogue]] = ({}, [])
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: object) -> None:
         """After Ctrl-C or an error, keep the model as it is (one of several processes cannot)."""
+        saved = ""
         if kind and self.learner and world()[1] == 1:
             save_model(self.learner.policy, self.folder / "checkpoint")
+            saved = f"; {self.folder}/checkpoint is the model as it is now"
         if kind is KeyboardInterrupt:
-            saved = f"; {self.folder}/checkpoint is the model as it is now" * bool(self.learner)
             raise RunError(f"stopped; go on with 'train --resume {self.folder}'{saved}") from None
 
     def begin(self, policy: Policy, problems: list[Problem]) -> None:
@@ -2513,39 +2482,31 @@ class Run:
             versions |= {"transformers": transformers.__version__, "numpy": np.__version__}
             # What "auto" has become here, so that a run that goes on computes in the same way.
             found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
-            options = dataclasses.asdict(self.config) | found
-            write_json(path, {**options, "versions": versions, "weights": weights})
-        elif read_json(path).get("weights") != weights:
+            found |= {"versions": versions, "weights": weights}
+            write_rows(path, [dataclasses.asdict(self.config) | found], indent=2)
+        elif json.loads(path.read_text(encoding="utf-8")).get("weights") != weights:
             model = self.config.model
             raise UsageError(f"--resume: {model} holds other weights than when {path} was written")
         self.lock = held(path)  # until we return, or are killed
         if given and not self.stage_one.exists():
-            read_stage_one(Path(given), self.mark)
-            write_rows(self.stage_one, (row for _, row in read_jsonl(Path(given), whole=False)))
-
-    def first_evaluation(self, measure: Callable[[], Any]) -> None:
-        """The evaluation before training; a run that goes on has it in before.json."""
-        path = self.folder / "before.json"
-        known = first(lambda: read_json(path) if path.exists() else None)
-        self.before = (known, []) if known else measure()
-        if not known:
-            write_json(path, self.before[0])
+            write_rows(self.stage_one, [self.mark, *read_stage_one(Path(given), self.mark)])
 
     def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
         """Those of the wanted dialogues that have been played, in whole parts (a part is played
         together, and rounding depends on the company)."""
         rows = first(lambda: read_stage_one(self.stage_one, self.mark))
         if len(rows) < len(wanted):
-            rows = rows[: len(rows) // (PART * world()[1]) * PART * world()[1]]
-        write_rows(self.stage_one, [{"fingerprint": self.mark}, *rows])
-        done = read_dialogues(rows[: len(wanted)])
+            size = PART * world()[1]
+            rows = rows[: len(rows) // size * size]
+        write_rows(self.stage_one, [self.mark, *rows])
+        done = [to_dialogue(row) for row in rows]
         for dialogue in done:
             dialogue.pay(self.config.alpha)
         return done
 
     def keep(self, dialogues: Sequence[Dialogue]) -> None:
         """Keep a part of stage 1."""
-        append_rows(self.stage_one, map(to_row, dialogues))
+        write_rows(self.stage_one, map(to_row, dialogues), append=True)
 
     def tell_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
         """Say what stage 1 found."""
@@ -2555,8 +2516,8 @@ class Run:
 
     def steps(self, learner: Learner) -> Iterator[int]:
         """The steps that are still to be done; the learner is brought back to where they begin."""
-        self.restore(learner)
         self.learner = learner
+        self.restore(learner.policy, learner.optimizer)
         with progress("stage 2", self.config.steps, len(self.metrics)) as self.bar:
             yield from range(len(self.metrics), self.config.steps)
 
@@ -2568,55 +2529,48 @@ class Run:
         self.seconds[f"seconds_{what}"] = time.perf_counter() - started
 
     def tell(self, dialogues: Sequence[Dialogue], updates: Sequence[dict[str, float]]) -> None:
-        """A step's line of metrics.jsonl: means over its updates, its dialogues, its costs."""
+        """A step's line of metrics.jsonl: means over its updates, its dialogues, its costs. It
+        moves the bar; where there is no terminal, a line is printed now and then."""
+        step, steps = len(self.metrics) + 1, self.config.steps
         seen = {name: mean(update[name] for update in updates) for name in updates[0]}
         sampled = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
         metrics = {
-            "step": len(self.metrics) + 1,
+            "step": step,
             **{name: value if math.isfinite(value) else None for name, value in seen.items()},
             **statistics(dialogues),
-            "tokens_per_second": sampled / sum(self.seconds.values()),
             **self.seconds,
+            "tokens_per_second": sampled / sum(self.seconds.values()),
             "peak_memory_mib": peak_memory(),
         }
         self.metrics.append(metrics)
-        append_rows(self.folder / "metrics.jsonl", [metrics])
-        self.show(metrics)
+        write_rows(self.folder / "metrics.jsonl", [metrics], append=True)
+        numbers = " ".join(f"{name} {show(metrics[key], 2)}" for key, name in SHOWN.items())
+        self.bar.set_postfix_str(numbers + " ", refresh=False)
+        self.bar.update()
+        if self.bar.disable and step * 10 // steps > (step - 1) * 10 // steps:
+            print(f"stage 2 {step}/{steps}  {numbers}", flush=True)
         self.send(metrics)
         diagnose(self.metrics, self.config, self.told)
 
-    def show(self, metrics: dict[str, Any]) -> None:
-        """Move the bar; where there is no terminal, print a line now and then."""
-        numbers = " ".join(f"{name} {show(metrics[key], 2)}" for key, name in SHOWN.items())
-        self.bar.set_postfix_str(numbers + " ", refresh=False)
-        self.bar.update(1)
-        step, steps = metrics["step"], self.config.steps
-        if self.bar.disable and step * 10 // steps > (step - 1) * 10 // steps:
-            print(f"stage 2 {step}/{steps}  {numbers}", flush=True)
-
-    def check_in(self, measure: Callable[[], Any]) -> None:
+    def check_in(self, measure: Callable[[], tuple[dict[str, Any], list[Dialogue]]]) -> None:
         """--eval-every: a line of eval.jsonl, and in best/ the model of the best acc_final so far.
         --save-every: a state to go on from."""
         step = len(self.metrics)
-        if self.due(self.config.eval_every):
+        due = [n > 0 and step % n == 0 for n in (self.config.eval_every, self.config.save_every)]
+        if due[0]:
             summary = {"step": step, **measure()[0]}
             shown = "after step {step}: acc_t1 {acc_t1:.3f}, acc_final {acc_final:.3f}"
             tqdm.write(shown.format(**summary))
-            if all(summary["acc_final"] > seen["acc_final"] for seen in self.evaluations):
+            if all(summary["acc_final"] > earlier["acc_final"] for earlier in self.evaluations):
                 save_model(self.learner.policy, self.folder / "best")
             self.evaluations.append(summary)
-            append_rows(self.folder / "eval.jsonl", [summary])
+            write_rows(self.folder / "eval.jsonl", [summary], append=True)
             self.send({"step": step} | {f"eval/{name}": summary[name] for name in summary})
-        if self.due(self.config.save_every) or step == self.config.steps:
-            self.save()
+        if due[1] or step == self.config.steps:
+            self.save(self.learner.policy, self.learner.optimizer)
 
-    def due(self, every: int) -> bool:
-        """Is something that happens every so many steps (0: never) to happen now?"""
-        return every > 0 and len(self.metrics) % every == 0
-
-    def save(self) -> None:
-        """Write state.pt."""
-        policy, optimizer = self.learner.policy, self.learner.optimizer
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """Write state.pt: all that --resume needs, in one file."""
         learned = {name for name, p in policy.model.named_parameters() if p.requires_grad}
         weights = get_model_state_dict(policy.model, options=WHOLE)
         state = {
@@ -2627,57 +2581,47 @@ class Run:
             "evaluations": self.evaluations,
         }
         if is_first():
+            with whole_or_not(self.folder / "state.pt", "wb") as file:
+                torch.save(state, file)
+
+    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """Go back to the state, if there is one: what was written after it is done again."""
+        path, state = self.folder / "state.pt", {"model": {}, "optimizer": {}}
+
+        def read() -> tuple[list, list, dict]:
+            if not path.exists():
+                return [], [], {}
             try:
-                with whole_or_not(self.folder / "state.pt", "wb") as file:
-                    torch.save(state, file)
-            except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
-                raise RunError(
-                    f"state.pt cannot be saved ({error}); go on with --resume"
+                state.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+                return state["metrics"], state["evaluations"], state["scaler"]
+            except Exception as error:
+                raise UsageError(
+                    f"{path} is damaged or of another version ({reason_of(error)}): remove it, and "
+                    "--resume begins stage 2 again"
                 ) from error
 
-    def restore(self, learner: Learner) -> None:
-        """Bring learner, metrics and evaluations back to the state, if there is one: what was
-        written after it is done again."""
-        state = first(self.open_state)
-        self.metrics, self.evaluations = state["metrics"], state["evaluations"]
+        self.metrics, self.evaluations, scaler = first(read)
         if self.metrics:
             print(f"going on after step {len(self.metrics)}")
-            model, optimizer = learner.policy.model, learner.optimizer
-            set_model_state_dict(model, self.tensors[0], options=FROM_FIRST)
-            set_optimizer_state_dict(model, optimizer, self.tensors[1], options=FROM_FIRST)
-            learner.policy.scaler.load_state_dict(state["scaler"])
-            self.tensors = {}, {}
+            options = WHOLE if world()[1] == 1 else FROM_FIRST
+            set_model_state_dict(policy.model, state["model"], options=options)
+            set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=options)
+            policy.scaler.load_state_dict(scaler)
         write_rows(self.folder / "metrics.jsonl", self.metrics)
-        if self.evaluations or (self.folder / "eval.jsonl").exists():
+        if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)
 
-    def open_state(self) -> dict[str, Any]:
-        """What state.pt says but for its tensors. Raises UsageError for a damaged one."""
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return {"metrics": [], "evaluations": []}
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            self.tensors = state.pop("model"), state.pop("optimizer")
-            return {name: state[name] for name in ("metrics", "evaluations", "scaler")}
-        except Exception as error:
-            raise UsageError(
-                f"{path} is damaged or of another version ({reason_of(error)}): remove it, and "
-                "--resume begins stage 2 again"
-            ) from error
-
-    def finish(self, measure: Callable[[], Any]) -> dict[str, Any]:
-        """Save the model, evaluate it, report. Returns the summary."""
-        save_model(self.learner.policy, self.folder / "checkpoint")
-        after, dialogues = measure()
-        summary = {
-            "before": self.before[0],
-            "after": after,
-            "kl": recent(self.metrics).get("kl") or 0.0,
-        }
-        write_rows(self.folder / "eval_results.jsonl", map(to_row, dialogues))
-        write_json(self.folder / "summary.json", summary)
-        report_training(summary, self.before[1], dialogues)
+    def finish(
+        self,
+        before: tuple[dict[str, Any], list[Dialogue]],
+        after: tuple[dict[str, Any], list[Dialogue]],
+    ) -> dict[str, Any]:
+        """Report. Returns the summary."""
+        kl = recent(self.metrics).get("kl") or 0.0
+        summary = {"before": before[0], "after": after[0], "kl": kl}
+        write_rows(self.folder / "eval_results.jsonl", map(to_row, after[1]))
+        write_rows(self.folder / "summary.json", [summary], indent=2)
+        report_training(summary, before[1], after[1])
         if is_first():
             draw(self.folder)
         print(f"\nwritten to {self.folder}: checkpoint/, metrics.jsonl, summary.json, ...")
@@ -2711,15 +2655,14 @@ def unfinished_run(path: str) -> Config:
     return dataclasses.replace(read_config(found[-1] / "config.json"), out=str(found[-1]))
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def read_config(path: Path) -> Config:
     """The options in a run's config.json. Raises UsageError."""
     try:
-        values = {k: v for k, v in read_json(path).items() if k not in ("versions", "weights")}
+        values = {
+            k: v
+            for k, v in json.loads(path.read_text(encoding="utf-8")).items()
+            if k not in ("versions", "weights")
+        }
         config = Config(**values)
         for item in dataclasses.fields(config):
             value, kind = getattr(config, item.name), KINDS[item.type]
@@ -2746,25 +2689,27 @@ def held(path: Path) -> TextIO:
     return file
 
 
-def fingerprint(weights: str, policy: Policy, problems: list[Problem], config: Config) -> str:
+def fingerprint(
+    weights: str, policy: Policy, problems: list[Problem], config: Config
+) -> dict[str, str]:
     """What stage 1's samples depend on (but for the seed: any sample of the reference will do)."""
     sampling = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
     texts = [(p.index, p.problem, p.answer) for p in problems]
     requests = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT, policy.tokenizer.chat_template)
     version = 3  # of v_star.jsonl
     everything = json.dumps([version, weights, sampling, texts, requests])
-    return hashlib.sha256(everything.encode()).hexdigest()[:16]
+    return {"fingerprint": hashlib.sha256(everything.encode()).hexdigest()[:16]}
 
 
-def read_stage_one(path: Path, mark: str) -> list[dict[str, Any]]:
-    """The dialogues in a v_star.jsonl, whose first line tells what they were made from."""
-    rows = [row for _, row in read_jsonl(path, whole=False)] if path.exists() else []
-    if rows and rows[0] != {"fingerprint": mark}:
+def read_stage_one(path: Path, mark: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """The lines of a v_star.jsonl; the first tells what they were made from. Raises UsageError."""
+    lines = [row for _, row in read_jsonl(path, whole=False)] if path.exists() else []
+    if mark and lines and lines[0] != mark:
         raise UsageError(
             f"{path} was made with other weights, problems, sampling options or by another "
             "version; leave --v-star out to run stage 1 again"
         )
-    return rows[1:]
+    return lines[1:]
 
 
 def peak_memory() -> float:
@@ -3050,7 +2995,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         _, theirs = evaluate_policy(other, problems, config)
         summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
     write_rows(folder / "eval_results.jsonl", map(to_row, dialogues))
-    write_json(folder / "eval_summary.json", {"model": config.model, **summary})
+    write_rows(folder / "eval_summary.json", [{"model": config.model, **summary}], indent=2)
     report_evaluation(summary)
     print(f"written to {folder}: eval_results.jsonl, eval_summary.json")
     return summary
