@@ -2350,8 +2350,8 @@ def plot(folders: Sequence[Path], out: Path) -> None:
             axis.legend(**above, ncols=2, handlelength=1, columnspacing=1)
         if len(groups) > 1:
             styles = zip(itertools.cycle(STYLES), groups)
-            lines = [axes[0].plot([], [], style, color="k", label=name) for style, name in styles]
-            figure.legend(handles=itertools.chain(*lines), loc="outside lower center")
+            lines = [axes[0].plot([], [], style, color="k")[0] for style, _ in styles]
+            figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
         shades = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.1, len(v_star)))
         tenths = np.linspace(0, 1, 11)
         axes[5].hist([*v_star.values()], tenths, stacked=True, color=shades, label=[*v_star])
