@@ -2049,9 +2049,7 @@ def report_stage_one(
     explain(statistics(dialogues) | {"never": never, "always": always}, config, told)
 
 
-def report_training(
-    summary: dict[str, Any], base: Sequence[Dialogue], trained: Sequence[Dialogue]
-) -> None:
+def report_training(summary: dict[str, Any], base: list[Dialogue], new: list[Dialogue]) -> None:
     """The table of before and after, and the first problem that the base got wrong."""
     before, after = summary["before"] | {"kl": 0.0}, summary["after"] | {"kl": summary["kl"]}
     print(f"\n{before['n']} held-out problems, greedy{'before':>19}{'after':>9}")
@@ -2063,17 +2061,14 @@ def report_training(
         ("mean_response_tokens", "response length (tokens a turn)"),
         ("kl", "KL to the reference (nats a turn)"),
     ):
-        old, new = (
-            show(numbers[name], 1 if "tokens" in name else 3) for numbers in (before, after)
-        )
-        print(f"  {title:<42}{old:>8} {new:>8}")
+        digits = 1 if name == "mean_response_tokens" else 3
+        print(f"  {title:<42}{show(before[name], digits):>8} {show(after[name], digits):>8}")
     print(f"  revisions after training: {after['fixed']} mended, {after['broken']} broken")
-    wrong = next((i for i, d in enumerate(base) if not d.attempts[-1].correct), None)
-    if wrong is not None:
+    for old, now in [pair for pair in zip(base, new) if not pair[0].attempts[-1].correct][:1]:
         print("\nThe first held-out problem that the base got wrong, before training:")
-        print_dialogue(base[wrong])
+        print_dialogue(old)
         print("and after:")
-        print_dialogue(trained[wrong])
+        print_dialogue(now)
 
 
 def report_evaluation(summary: dict[str, Any]) -> None:
@@ -2105,7 +2100,8 @@ def print_dialogue(dialogue: Dialogue) -> None:
         speeches.append((turn.role, turn.text.strip() + " [cut off]" * (not turn.ended)))
     for speaker, text in speeches:
         for line in text.splitlines() or [""]:
-            print(textwrap.fill(f"  {speaker:<8} {line}", 79, subsequent_indent=" " * 11))
+            indent = {"initial_indent": f"  {speaker:<8} ", "subsequent_indent": " " * 11}
+            print(textwrap.fill(line, 79, **indent))
             speaker = ""
     if gold := dialogue.problem.answer:
         verdict = "right" if dialogue.attempts[-1].correct else f"wrong, it is {gold}"
@@ -2131,8 +2127,7 @@ def mean(values: Iterable[float]) -> float | None:
 def confusion(dialogues: Sequence[Dialogue], name: str) -> dict[str, float | None]:
     """What the checks say of the attempts, and how it is; a missing verdict is a miss. Precision:
     the share of right ones among the attempts that were called correct."""
-    pairs = [pair for d in dialogues for pair in zip(d.checks, d.attempts)]
-    judged = [(check.verdict, attempt.correct) for check, attempt in pairs]
+    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
     right = mean(verdict is True for verdict, correct in judged if correct)
     wrong = mean(verdict is False for verdict, correct in judged if not correct)
     return {
@@ -2147,7 +2142,6 @@ def confusion(dialogues: Sequence[Dialogue], name: str) -> dict[str, float | Non
 def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
     """What there is to say about some dialogues; a training batch and an evaluation share it."""
     turns = [turn for d in dialogues for turn in d.turns]
-    attempts = [turn for d in dialogues for turn in d.attempts]
     revised = [pair for d in dialogues for pair in itertools.pairwise(d.attempts)]
     firsts = Counter(d.attempts[0].text for d in dialogues)
     by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
@@ -2162,7 +2156,7 @@ def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
         **{f"reward_{role}": mean(t.reward for t in made) for role, made in by_role.items()},
         "response_tokens": mean(turn.end - turn.start for turn in turns),
         **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
-        "no_answer_rate": mean(turn.answer is None for turn in attempts),
+        "no_answer_rate": mean(turn.answer is None for d in dialogues for turn in d.attempts),
         "truncated_rate": mean(not turn.ended for turn in turns),
         "same_text_rate": max(firsts.values()) / len(dialogues),  # 1: all alike
     }
@@ -2208,11 +2202,11 @@ def compare(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, 
     how often a fair coin would split these problems at least as unevenly."""
     found = {}
     for name, gain in zip(ENDS, (scores(first) - scores(second)).T):
-        better, worse = int((gain > 0).sum()), int((gain < 0).sum())
+        better, worse = np.sum(gain > 0).item(), np.sum(gain < 0).item()
         n, fewer = better + worse, min(better, worse)
         p = min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)
-        found[name] = {"difference": gain.mean().item(), "ci": bootstrap(gain)}
-        found[name] |= {"better": better, "worse": worse, "p": p}
+        split = {"better": better, "worse": worse, "p": p}
+        found[name] = {"difference": gain.mean().item(), "ci": bootstrap(gain), **split}
     return found
 
 
@@ -2254,7 +2248,7 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         text, correct = row.get("attempt"), row.get("correct")
         if not (isinstance(text, str) and isinstance(correct, bool)):
             raise UsageError(f"{place}: 'attempt' (a text) or 'correct' (true or false) is missing")
-        prompt = [*policy.prompt_ids(problem)]
+        prompt = policy.prompt_ids(problem)
         ids = prompt + encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
         attempts.append(Dialogue(problem, ids, turns=[turn]))
@@ -2263,9 +2257,8 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
 
 # --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
 
-
+Metrics = list[dict[str, Any]]  # the lines of metrics.jsonl
 # Okabe and Ito's colours: people with any kind of colour vision can tell them apart.
-
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 STYLES = ("-", "--", ":", "-.")  # a group of runs has its own
 PANELS = (  # title, y axis, its limits, (metric, name, colour)...
@@ -2281,9 +2274,6 @@ PANELS = (  # title, y axis, its limits, (metric, name, colour)...
         ("revision_rate", "problems revised", ORANGE)]),
     ("Length and KL", "tokens a turn (blue)", None, [("response_tokens", "length", BLUE)]),
 )  # fmt: skip
-
-
-Metrics = list[dict[str, Any]]  # the lines of metrics.jsonl
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[str, list[float]]]:
@@ -2306,22 +2296,19 @@ def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[s
     return groups, dict(sorted(v_star.items()))
 
 
-def draw_curves(
-    axis: Any, groups: Iterable[list[Metrics]], metric: str, label: str, colour: str
-) -> None:
+def draw_curves(axis: Any, groups: Iterable[Any], metric: str, label: str, colour: str) -> None:
     """A metric of each group of runs: raw points, the smoothed mean, the band of its seeds."""
     import pandas
 
     for style, runs in zip(itertools.cycle(STYLES), groups):
-        values = [[line.get(metric) for line in metrics] for metrics in runs]
-        raw = pandas.DataFrame(values, dtype=float).T  # (steps, runs); nan where there is none
+        values = [pandas.Series([m.get(metric) for m in metrics], dtype=float) for metrics in runs]
+        raw = pandas.concat(values, axis=1)  # (steps, runs); nan where there is none
         raw.index += 1
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
-        axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)
-        if len(runs) > 1:
-            band = (smooth.min(axis=1), smooth.max(axis=1))
-            axis.fill_between(raw.index, *band, color=colour, alpha=0.2, lw=0)
+        low, middle, high = (smooth.agg(name, axis=1) for name in ("min", "mean", "max"))
+        axis.plot(middle, style, color=colour, lw=2.5, label=label)
+        axis.fill_between(raw.index, low, high, color=colour, alpha=0.2, lw=0)
         label = "_"  # the colours are explained once
 
 
@@ -2353,8 +2340,7 @@ def plot(folders: Sequence[Path], out: Path) -> None:
             lines = [axes[0].plot([], [], style, color="k")[0] for style, _ in styles]
             figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
         shades = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.1, len(v_star)))
-        tenths = np.linspace(0, 1, 11)
-        axes[5].hist([*v_star.values()], tenths, stacked=True, color=shades, label=[*v_star])
+        axes[5].hist([*v_star.values()], range=(0, 1), stacked=True, color=shades, label=[*v_star])
         axes[5].set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
         axes[5].legend(title="level")
         figure.savefig(out)
@@ -2376,18 +2362,17 @@ SYMPTOMS: list[tuple[Callable[[dict[str, float]], bool], str]] = [
     (lambda f: f["truncated_rate"] > 0.5, """{truncated_rate:.0%} of the responses were cut off at
         --max-new-tokens {max_new_tokens}, mostly before an answer could come: raise it."""),
     (lambda f: f["no_answer_rate"] > 0.5, """{no_answer_rate:.0%} of the attempts hold no answer
-        that can be extracted, so they earn nothing. Read some ('solve'); if the model does not
-        write \\boxed{{}}, take one that follows instructions."""),
+        that can be extracted. Read some ('solve'); if the model does not write \\boxed{{}}, take
+        one that follows instructions."""),
     (lambda f: f["never"] > 0.9, """{never:.0%} of the problems were not solved once in
-        {num_samples} samples (V* = 0): no reward, hardly anything to learn from. Take easier
-        problems, a stronger --model, or more --num-samples."""),
+        {num_samples} samples (V* = 0): hardly anything to learn from. Take easier problems, a
+        stronger --model, or more --num-samples."""),
     (lambda f: f["always"] > 0.9, """{always:.0%} of the problems were solved by each of
         {num_samples} samples (V* = 1): nothing is left to learn. Take harder problems."""),
     (lambda f: f["skipped"] > 0, """The loss or its gradient is not finite (step {step:.0f}).
         Such updates are left out; if they go on, lower --lr or use --dtype float32."""),
     (lambda f: f["kl"] > f["response_tokens"], """KL to the reference is {kl:.0f} nats a turn of
-        {response_tokens:.0f} tokens: more than one a token, the policy is running away. Lower
-        --lr or raise --beta2."""),
+        {response_tokens:.0f} tokens: the policy is running away. Lower --lr or raise --beta2."""),
     (lambda f: abs(f["verifier_recall_right"] - f["verifier_recall_wrong"]) > 0.95, """The verifier
         says one thing only: it recognises {verifier_recall_right:.0%} of the right attempts and
         {verifier_recall_wrong:.0%} of the wrong ones. It needs both kinds to judge (problems that
@@ -2403,10 +2388,10 @@ SYMPTOMS: list[tuple[Callable[[dict[str, float]], bool], str]] = [
 
 def explain(facts: dict[str, Any], config: Config, told: set[str]) -> None:
     """Print the sentence of each symptom that the facts show, unless it was `told` before."""
-    facts = dataclasses.asdict(config) | facts
-    known = defaultdict(lambda: math.nan, {k: v for k, v in facts.items() if v is not None})
-    for shown, sentence in SYMPTOMS:
-        if sentence not in told and shown(known):
+    known = defaultdict(lambda: math.nan, vars(config))
+    known |= {name: value for name, value in facts.items() if value is not None}
+    for applies, sentence in SYMPTOMS:
+        if sentence not in told and applies(known):
             told.add(sentence)
             text = "! " + " ".join(sentence.format_map(known).split())
             tqdm.write(textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False))
@@ -2427,10 +2412,8 @@ def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
         facts = recent(history) | facts | {"best": max(means), "best_step": WINDOW + means.argmax()}
     explain(facts, config, told)
     if [metrics["skipped"] for metrics in history[-WINDOW:]] == [1.0] * WINDOW:
-        raise RunError(
-            f"no finite loss and gradient in {WINDOW} steps running, so the run stops with its "
-            "last good model: lower --lr, or use --dtype float32"
-        )
+        stop = "so the run stops with its last good model: lower --lr, or use --dtype float32"
+        raise RunError(f"no finite loss and gradient in {WINDOW} steps running, {stop}")
 
 
 # --- G. Runs that survive -------------------------------------------------------------------------
