@@ -360,7 +360,8 @@ def verify(text: str | None, gold: str | None) -> bool:
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
-# between two responses the ids of the markers and of our next request: the *bridge*.
+# between two responses the ids of the markers and of our next request: the *bridge*. And a marker
+# that happens to stand in a problem must not end our request: it is split (`without_markers`).
 #
 # The model stays in eval mode for ever, also while it learns: dropout would make log pi differ from
 # log pi_ref before the first update, and (6) is a statement about exactly that difference.
@@ -405,7 +406,8 @@ class Policy:
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The first request, up to where the model's first response begins."""
         if problem not in self.prompts:
-            request = SOLVE_PROMPT.replace("{problem}", problem.problem)
+            words = without_markers(self.tokenizer, problem.problem)
+            request = SOLVE_PROMPT.replace("{problem}", words)
             text = render(self.tokenizer, [{"role": "user", "content": request}])
             self.prompts[problem] = encode(self.tokenizer, text)
         return self.prompts[problem]
@@ -1110,15 +1112,28 @@ def reason_of(error: BaseException) -> str:
     return str(cause).strip().split("\n")[0][:300] or type(cause).__name__
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and warnings of other libraries between our lines."""
+    before = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        logging.set_verbosity(before[0])
+        hub_logging.set_verbosity(before[1])
+        if before[2]:
+            logging.enable_progress_bar()
+
+
 def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or the hub; a LoRA checkpoint is merged into its base.
 
     Raises UsageError, in one sentence, for whatever is wrong with it.
     """
-    logging.set_verbosity_error()  # no progress bars and warnings of others between our lines
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    hub_logging.set_verbosity_error()
     path = local(name)
     path = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # the folder of a run
     if path.exists():
@@ -1134,26 +1149,31 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         import peft  # outside of the `try`: if it is missing, `main` says so
     options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        if adapted:
-            model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
-            model, missing = model.merge_and_unload(), []
-            model.had_adapters = True
-        else:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), output_loading_info=True, **options
-            )
-            missing = sorted(info["missing_keys"])
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            if adapted:
+                model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
+                model, info = model.merge_and_unload(), {"missing_keys": []}
+                model.had_adapters = True
+            else:
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    str(path), output_loading_info=True, **options
+                )
+        if tokenizer.chat_template is None:
+            print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
+            tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN_TEMPLATE
+        prompt = render(tokenizer, [{"role": "user", "content": "What is 2 + 3?"}])
     except Exception as error:  # transformers, safetensors and the hub each have their own kinds
         where = "cannot be loaded" if path.exists() else "is no folder here, nor on the hub"
         raise UsageError(f"--model {name} {where}: {reason_of(error)}") from error
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise UsageError(f"--model {name}: its weights lack {len(missing)} tensors ({missing[0]}…)")
     if not encode(tokenizer, "1 + 1 = 2"):  # transformers makes an empty one up if there is none
         raise UsageError(f"--model {name}: no tokenizer there")
-    if tokenizer.chat_template is None:
-        print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
-        tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN_TEMPLATE
+    if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):
+        raise UsageError(f"--model {name}: {len(tokenizer)} tokens, but embeddings of {rows} only")
+    if "2 + 3?" not in prompt:
+        raise UsageError(f"--model {name}: its chat template drops what the user says")
     return model.eval(), tokenizer
 
 
@@ -1168,14 +1188,12 @@ def load_policy(config: Config) -> Policy:
     # A tiny model is faster on one core: handing out its small products costs more than they do,
     # and next to a busy process the cores wait for each other (seen: 20 times slower).
     torch.set_num_threads(config.threads or (1 if size < 10 else os.cpu_count() or 1))
-    ends = model.generation_config.eos_token_id
-    ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
-    ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
-    policy = Policy(model.to(device), tokenizer, tuple(sorted(ends)), device, dtype, scaler=scaler)
+    ends = turn_ends(model, tokenizer)
+    policy = Policy(model.to(device), tokenizer, ends, device, dtype, scaler=scaler)
     check_model(config.model, policy)
     print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
-    print(f"{torch.get_num_threads()} CPU thread(s)")
+    print(f"{torch.get_num_threads()} CPU thread(s); a turn ends with {tokenizer.decode(ends)}")
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
@@ -1183,6 +1201,29 @@ def load_policy(config: Config) -> Policy:
             raise UsageError(f"--model {config.model} knows no --gradient-checkpointing")
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
+
+
+def markers(tokenizer: Any) -> list[str]:
+    """The special tokens, such as <|end|>, as text."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def without_markers(tokenizer: Any, text: str) -> str:
+    """The text with its markers split: in what people write they are words like any other."""
+    for marker in markers(tokenizer):
+        text = text.replace(marker, marker[0] + " " + marker[1:])
+    return text
+
+
+def turn_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """What ends a response: what model and tokenizer are configured with, and the marker that the
+    chat template writes after an answer (base models are often configured with another one)."""
+    ends = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])}
+    with contextlib.suppress(UsageError):  # without verify turns any template will do
+        after = encode(tokenizer, bridge_text(tokenizer, "Q"))[0]
+        found |= {after} if tokenizer.decode([after]) in markers(tokenizer) else set()
+    return tuple(sorted(found - {None}))
 
 
 def bridge_text(tokenizer: Any, request: str) -> str:
@@ -1194,12 +1235,16 @@ def bridge_text(tokenizer: Any, request: str) -> str:
     question = {"role": "user", "content": "Q"}
     answer = "<think>\nhm\n</think>\n\nA"
     asked = [question, {"role": "assistant", "content": answer}]
-    before = render(tokenizer, [question]) + answer
-    after = render(tokenizer, [*asked, {"role": "user", "content": request}])
+    way_out = "; give the tokenizer another chat_template, or use --revisions 0"
+    try:
+        before = render(tokenizer, [question]) + answer
+        after = render(tokenizer, [*asked, {"role": "user", "content": request}])
+    except Exception as error:  # a template is a program
+        raise UsageError(f"the model's chat template fails: {reason_of(error)}{way_out}") from error
     if not after.startswith(before):
         raise UsageError(
             "this model's chat template rewrites earlier turns, so later turns cannot extend the "
-            "same tokens; give the tokenizer another chat_template, or use --revisions 0"
+            f"same tokens{way_out}"
         )
     return after[len(before) :]
 
@@ -1249,26 +1294,34 @@ def weights_hash(model: Any) -> str:
 
 
 def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
-    """The problems of --train-data (split "train") or --eval-data ("test"), less those that are too
-    long: of a file, a folder or a hub data set, and there of the part with that name."""
+    """The problems of --train-data (split "train") or --eval-data ("test"), each once, less those
+    without an answer and those that are too long."""
     check_context(policy, config)
-    training = split == "train"
-    source = config.train_data if training else config.eval_data
-    rows = read_rows(source, split)
-    problems = [to_problem(row, i, place, config) for i, (place, row) in enumerate(rows)]
-    longest = config.max_prompt_tokens
-    kept = [p for p in problems if p.answer.strip()]
-    short = [p for p in kept if len(policy.prompt_ids(p)) <= longest]
-    for left_out, why in (
-        (len(problems) - len(kept), "have an empty answer"),
-        (len(kept) - len(short), f"are longer than --max-prompt-tokens {longest}"),
-    ):
-        if left_out:
-            print(f"{source}: {left_out} of {len(problems)} problems {why} and are left out")
-    if not short:
-        raise UsageError(f"{source} holds no problems" + (" short enough" if kept else ""))
-    taken = short[: (config.train_limit if training else config.eval_limit) or None]
-    print(f"{source}: {len(taken)} of {len(problems)} problems, such as")
+    source, limit = config.eval_data, config.eval_limit
+    if split == "train":
+        source, limit = config.train_data, config.train_limit
+    kept: dict[str, Problem] = {}
+    left_out: Counter[str] = Counter()
+    for index, (place, row) in enumerate(read_rows(source, split)):
+        problem = to_problem(row, index, place, config)
+        if no_answer(problem.answer):
+            left_out["have no answer"] += 1
+        elif problem.problem in kept:
+            left_out["came before"] += 1
+        elif len(policy.prompt_ids(problem)) > config.max_prompt_tokens:
+            left_out[f"are longer than --max-prompt-tokens {config.max_prompt_tokens}"] += 1
+        else:
+            kept[problem.problem] = problem
+    n = len(kept) + left_out.total()
+    for why, count in left_out.items():
+        print(f"{source}: {count} of {n} problems {why} and are left out")
+    if not kept:
+        columns = f" (there are the columns {', '.join(row)})" if n else ""
+        raise UsageError(f"{source} holds no problems that can be used{columns}")
+    taken = [*kept.values()][: limit or None]
+    if strange := [problem.answer for problem in taken if not readable(problem.answer)]:
+        print(f"{source}: {len(strange)} answers can only be met word for word, as", strange[:2])
+    print(f"{source}: {len(taken)} of {n} problems, such as")
     for problem in taken[:2]:
         text = " ".join(problem.problem.split())
         print(f"  {text[:56]}{'...' * (len(text) > 56)} -> {problem.answer[:16]}")
@@ -1279,7 +1332,7 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
     """(place, row) for each line, where the place ("file, line 3") is for error messages. Of a file
     that need not be `whole`, as a kill can leave half a line, the rows up to the first broken one.
     """
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place = f"{path}, line {number}"
@@ -1295,60 +1348,100 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
 
 
 def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a local file or folder or of a hub data set; all but JSONL through `datasets`.
+    """(place, row) of a local file or folder or of a hub data set; all but JSONL by `datasets`.
 
     Of a set with several configurations (MATH has one a subject) all are read, but if one is called
     main or default, as GSM8K has it, that one alone: the others tell the same problems again.
     """
     path = local(source)
-    if path.is_file() and path.suffix not in (".json", ".parquet", ".csv"):
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if path.is_file() and (path.suffix != ".gz" and kind not in ("json", "parquet", "csv")):
         yield from read_jsonl(path)
         return
     if not path.exists() and source.count("/") != 1:  # a hub id is owner/name
         raise UsageError(f"{source}: no such file or folder")
     import datasets
 
+    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told below, once
     try:
         if path.is_file():
-            parts = [datasets.load_dataset(path.suffix[1:], data_files=str(path))]
+            kind = "json" if kind == "jsonl" else kind
+            parts = [datasets.load_dataset(kind, data_files=str(path))]
+        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            parts = [datasets.load_from_disk(str(path))]
         else:
             names = datasets.get_dataset_config_names(str(path))
             names = [name for name in names if name in ("main", "default")][:1] or names
             parts = [datasets.load_dataset(str(path), name) for name in names]
     except Exception as error:  # `datasets` has dozens of kinds; the first line says what it is
-        kind = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
-        raise UsageError(f"{source} {kind}: {reason_of(error)}") from error
+        what = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
+        raise UsageError(f"{source} {what}: {reason_of(error)}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
     for part in parts:
-        found = next((name for name in (split, "train", "test") if name in part), next(iter(part)))
-        for number, row in enumerate(part[found]):
-            yield f"{source}, {found} row {number}", row
+        if isinstance(part, dict):
+            split = next((name for name in (split, "train", "test") if name in part), [*part][0])
+            part = part[split]
+        for number, row in enumerate(part):
+            yield f"{source}, {split} row {number}", row
+
+
+# What others call the columns of MATH's schema.
+COLUMNS = {
+    "problem": ("problem", "question", "prompt"),
+    "answer": ("answer", "final_answer", "reward_model", "solution"),
+}
 
 
 def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
-    """Read a row in MATH's schema or its common variants (question; a box or #### in the solution).
-    Raises UsageError that names the place."""
+    """Read a row in MATH's schema or in one of its common variants: other names, a box or GSM8K's
+    #### in a worked solution, a chat as prompt. No answer is ''. Raises UsageError with the place.
+    """
     if not isinstance(row, dict):
         raise UsageError(f"{place}: not a JSON object")
-    for column in filter(None, (config.problem_column, config.answer_column)):
-        if column not in row:
-            raise UsageError(f"{place}: no column '{column}' (there are {', '.join(row)})")
-    columns = [config.problem_column or "problem", "question", "prompt"]
-    text = next((row[column] for column in columns if column in row), None)
-    solution = row.get("solution") or ""
-    answer = row.get(config.answer_column or "answer")
-    if answer is None or re.search(r"####|\\boxed", str(answer)):
-        solution = str(answer or solution)
-        answer = extract_answer(solution)
-    answer = str(answer) if type(answer) in (int, float) else answer
-    for name, value in (("problem", text), ("answer", answer)):
-        if not isinstance(value, str):
-            raise UsageError(f"{place}: '{name}' is missing or not a text")
-    digits = re.search(r"\d+", str(row.get("level")))
-    subject = row.get("subject", row.get("type")) or ""
+    cells = {name.lower(): value for name, value in row.items()}
+    found = {}
+    for kind, names in COLUMNS.items():
+        if named := getattr(config, f"{kind}_column").lower():
+            names = (named,)
+        there = [name for name in names if cells.get(name) not in (None, "", [])]
+        if not there and (named not in ("", *cells) or kind == "problem"):
+            raise UsageError(
+                f"{place}: no column '{named or kind}' with a text (there are {', '.join(row)}); "
+                f"--{kind}-column names another"
+            )
+        found[kind] = text_of(cells[there[0]]) if there else ""
+        if found[kind] is None:
+            raise UsageError(
+                f"{place}: '{there[0]}' is a {type(cells[there[0]]).__name__}, no text"
+            )
+    answer, solution = found["answer"], text_of(cells.get("solution")) or ""
+    if re.search(r"####|\\boxed", answer) or answer == solution:
+        solution, answer = answer, extract_answer(answer) or ""
+    if listed := re.fullmatch(r"\[\s*(['\"])([^'\"]*)\1\s*\]", answer):  # "['5']"
+        answer = listed[2]
+    if not readable(answer) and readable(single := answer.replace("\\\\", "\\")):
+        answer = single
+    digits = re.search(r"\d+", str(cells.get("level")))
+    subject = cells.get("subject", cells.get("type")) or ""
     level = int(digits[0]) if digits else None
-    return Problem(index, text, answer, str(solution), level, str(subject))
+    return Problem(index, found["problem"], answer, solution, level, str(subject))
+
+
+def text_of(cell: Any) -> str | None:
+    """The text in a cell: of a number, of the only element of a list, of a chat's last message by
+    the user, of verl's {"ground_truth": ...}; None for what is none of these."""
+    if isinstance(cell, list) and cell and all(isinstance(part, dict) for part in cell):
+        cell = next((m.get("content") for m in cell[::-1] if m.get("role") == "user"), None)
+    if isinstance(cell, dict):
+        cell = cell.get("ground_truth")
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    return str(cell) if type(cell) in (int, float, str) else None
 
 
 def check_context(policy: Policy, config: Config) -> None:
@@ -1411,8 +1504,9 @@ def save_model(policy: Policy, folder: Path) -> None:
         return
     partial = folder.with_name(folder.name + ".partial")
     try:
-        policy.model.save_pretrained(partial, state_dict=weights)
-        policy.tokenizer.save_pretrained(partial)
+        with quiet():
+            policy.model.save_pretrained(partial, state_dict=weights)
+            policy.tokenizer.save_pretrained(partial)
         for file in partial.iterdir():
             with file.open("r+b") as there:  # on the disk before the name is
                 os.fsync(there.fileno())
@@ -1511,6 +1605,14 @@ def last_box(text: str) -> str:
             else:  # \boxed 5 has no braces: take the next word
                 content = re.match(r"[^\s$]*", text[start:])[0].rstrip(".,;")
     return content.strip()
+
+
+def no_answer(gold: str) -> bool:
+    return not gold.strip()
+
+
+def readable(gold: str) -> bool:
+    return True
 
 
 def normalize_answer(answer: str | None) -> str:
