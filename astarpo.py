@@ -496,7 +496,16 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
     return token.clamp(max=p.shape[1] - 1)  # a sick model's nan must not become an index error
 
 
-def read(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+class Cache(DynamicCache):
+    """Under autocast, rotated keys come in float32, though they are multiplied in half precision;
+    kept like that, they and the values beside them would take twice the memory."""
+
+    def update(self, keys: Tensor, values: Tensor, *place: Any, **more: Any) -> Any:
+        """Add those of the next tokens."""
+        return super().update(keys.to(values.dtype), values, *place, **more)
+
+
+def read(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     """Let the model read ids (B, P), the last P columns of mask (B, T): of what it has read so far,
     kept in the cache, and of ids, which are no padding? Logits (B, V) for the next token."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, P)
@@ -508,8 +517,6 @@ def read(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         use_cache=True,
         logits_to_keep=1,  # (B, 1, V): while reading only the last place matters
     ).logits
-    for layer in cache.layers:  # under autocast, rotated keys come in float32: twice the memory
-        layer.keys = layer.keys.to(layer.values.dtype)
     return logits[:, -1].float()
 
 
@@ -525,7 +532,7 @@ def sample(
     tensors = [torch.tensor(text, device=policy.device) for text in texts]
     ids = pad_sequence(tensors, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(t) for t in tensors], True, padding_side="left")
-    cache = DynamicCache(config=policy.model.config)
+    cache = Cache(config=policy.model.config)
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
@@ -1217,7 +1224,7 @@ def check_model(name: str, policy: Policy) -> None:
     same = [long, short[:6], short[:6]]
     try:
         with policy.active():
-            cache = DynamicCache(config=model.config)
+            cache = Cache(config=model.config)
             read(model, ids, mask, cache)
             cache.batch_select_indices(rows)
             for place in (0, 1):
