@@ -769,19 +769,24 @@ def next_role(dialogue: Dialogue) -> str | None:
     return "solve" if done == 0 else ("revise", "verify")[done % 2]
 
 
-@torch.inference_mode()
-def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
-    """The same next turn in each dialogue: what we say, what the policy writes, what we read off.
-
-    The key/value cache of earlier turns is gone: a turn reads its dialogue again. To keep it for
-    rows that come and go costs more lines than time.
-    """
+def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
+    """Say what comes before the same next turn in each dialogue, if something was said before."""
     role = next_role(dialogues[0])
     if role != "solve":
         request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
         bridges = {ended: policy.bridge_ids(request, ended) for ended in (True, False)}
         for dialogue in dialogues:
             dialogue.ids += bridges[dialogue.turns[-1].ended]
+
+
+@torch.inference_mode()
+def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
+    """The same next turn in each dialogue: what the policy writes, what we read off.
+
+    The key/value cache of earlier turns is gone: a turn reads its dialogue again. To keep it for
+    rows that come and go costs more lines than time.
+    """
+    role = next_role(dialogues[0])
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
     index, number, turn = np.array(counters).T[:, :, None]
     u = uniform(config.seed, step, index, number, turn, np.arange(config.max_new_tokens))
@@ -815,6 +820,7 @@ def rollout(
     most, mine = turns or 1 + 2 * config.revisions, deal(dialogues)
     with gathered(policy.model):  # fsdp keeps slices of the weights; here they are wanted whole
         while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
+            ask(policy, going)
             lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in going]
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
                 play_turn(policy, [going[i] for i in batch], config, step)
