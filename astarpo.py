@@ -498,7 +498,16 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
     return token.clamp(max=p.shape[1] - 1)  # a sick model's nan must not become an index error
 
 
-def read(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+class Cache(DynamicCache):
+    """Under autocast, rotated keys come in float32, though they are multiplied in half precision;
+    kept like that, they and the values beside them would take twice the memory."""
+
+    def update(self, keys: Tensor, values: Tensor, *place: Any, **more: Any) -> Any:
+        """Add those of the next tokens."""
+        return super().update(keys.to(values.dtype), values, *place, **more)
+
+
+def read(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     """Let the model read ids (B, P), the last P columns of mask (B, T): of what it has read so far,
     kept in the cache, and of ids, which are no padding? Logits (B, V) for the next token."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, P)
@@ -510,8 +519,6 @@ def read(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         use_cache=True,
         logits_to_keep=1,  # (B, 1, V): while reading only the last place matters
     ).logits
-    for layer in cache.layers:  # under autocast, rotated keys come in float32: twice the memory
-        layer.keys = layer.keys.to(layer.values.dtype)
     return logits[:, -1].float()
 
 
@@ -527,7 +534,7 @@ def sample(
     tensors = [torch.tensor(text, device=policy.device) for text in texts]
     ids = pad_sequence(tensors, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(t) for t in tensors], True, padding_side="left")
-    cache = DynamicCache(config=policy.model.config)
+    cache = Cache(config=policy.model.config)
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
@@ -764,19 +771,24 @@ def next_role(dialogue: Dialogue) -> str | None:
     return "solve" if done == 0 else ("revise", "verify")[done % 2]
 
 
-@torch.inference_mode()
-def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
-    """The same next turn in each dialogue: what we say, what the policy writes, what we read off.
-
-    The key/value cache of earlier turns is gone: a turn reads its dialogue again. To keep it for
-    rows that come and go costs more lines than time.
-    """
+def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
+    """Say what comes before the same next turn in each dialogue, if something was said before."""
     role = next_role(dialogues[0])
     if role != "solve":
         request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
         bridges = {ended: policy.bridge_ids(request, ended) for ended in (True, False)}
         for dialogue in dialogues:
             dialogue.ids += bridges[dialogue.turns[-1].ended]
+
+
+@torch.inference_mode()
+def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
+    """The same next turn in each dialogue: what the policy writes, what we read off.
+
+    The key/value cache of earlier turns is gone: a turn reads its dialogue again. To keep it for
+    rows that come and go costs more lines than time.
+    """
+    role = next_role(dialogues[0])
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
     index, number, turn = np.array(counters).T[:, :, None]
     u = uniform(config.seed, step, index, number, turn, np.arange(config.max_new_tokens))
@@ -810,6 +822,7 @@ def rollout(
     most, mine = turns or 1 + 2 * config.revisions, deal(dialogues)
     with gathered(policy.model):  # fsdp keeps slices of the weights; here they are wanted whole
         while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
+            ask(policy, going)
             lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in going]
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
                 play_turn(policy, [going[i] for i in batch], config, step)
@@ -1262,7 +1275,7 @@ def check_model(name: str, policy: Policy) -> None:
     same = [long, short[:6], short[:6]]
     try:
         with policy.active():
-            cache = DynamicCache(config=model.config)
+            cache = Cache(config=model.config)
             read(model, ids, mask, cache)
             cache.batch_select_indices(rows)
             for place in (0, 1):
