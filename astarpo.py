@@ -3044,9 +3044,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     folder = first(lambda: new_folder(config.out, "-eval"))
     policy = load_policy(config)
     problems = load_problems(policy, config, "test")
+    if config.compare:  # loaded first: that there is no such model must not be news in the end
+        other = load_policy(dataclasses.replace(config, model=config.compare))
     summary, dialogues = evaluate_policy(policy, problems, config)
     if config.compare:
-        other = load_policy(dataclasses.replace(config, model=config.compare))
         _, theirs = evaluate_policy(other, problems, config)
         summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
     write_rows(folder / "eval_results.jsonl", map(to_row, dialogues))
