@@ -2723,6 +2723,8 @@ def read_config(path: Path) -> Config:
         config = Config(**values)
         for item in dataclasses.fields(config):
             value, kind = getattr(config, item.name), KINDS[item.type]
+            if value is None and item.default is None:
+                continue
             if type(value) is not kind and (type(value), kind) != (int, float):
                 raise TypeError(f"'{item.name}' is {value!r}")
             setattr(config, item.name, kind(value))
