@@ -3084,7 +3084,7 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         if command in item.metadata["on"]:
             flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
             default = (
-                {"eval_limit": 0}.get(item.name, item.default)
+                {"eval_limit": 0, "model": "the newest finished run"}.get(item.name, item.default)
                 if command != "train"
                 else item.default
             )
