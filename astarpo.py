@@ -1100,6 +1100,10 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """'auto' takes the GPU if there is one, and bfloat16 where the GPU has it, else float16."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in device and dist.is_initialized():
+        raise UsageError(
+            f"under torchrun each process takes a GPU of its own: not --device {device}"
+        )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
     if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
