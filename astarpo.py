@@ -1245,6 +1245,8 @@ def check_model(name: str, policy: Policy) -> None:
             apart = torch.stack([model.get_output_embeddings()(h)[0, -1] for h in hidden])
         scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * plain.float().std()
         wrong = [(x.float() - plain.float()).abs().max() > scale for x in (cached, apart)]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # what an architecture cannot do, it says in many ways
         raise UsageError(f"--model {name}: cannot be sampled here ({reason_of(error)})") from error
     if wrong[0]:
