@@ -2500,7 +2500,8 @@ class Run:
         if kind and self.learner and world()[1] == 1:
             save_model(self.learner.policy, self.folder / "checkpoint")
         if kind is KeyboardInterrupt:
-            saved = f"; {self.folder}/checkpoint is the model as it is now" * bool(self.learner)
+            kept = self.learner and world()[1] == 1
+            saved = f"; {self.folder}/checkpoint is the model as it is now" * bool(kept)
             raise RunError(f"stopped; go on with 'train --resume {self.folder}'{saved}") from None
 
     def begin(self, policy: Policy, problems: list[Problem]) -> None:
