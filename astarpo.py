@@ -3168,7 +3168,10 @@ def run_command(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 2 for bad input, 1 for a failure under way."""
-    options = parse(sys.argv[1:] if argv is None else argv)
+    # Bad input is seen by all processes of a machine: the first of them tells.
+    leads = os.environ.get("LOCAL_RANK", "0") == "0"
+    with contextlib.nullcontext() if leads else contextlib.redirect_stderr(None):
+        options = parse(sys.argv[1:] if argv is None else argv)
     try:
         run_command(options)
     except UsageError as error:
@@ -3192,8 +3195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    # Bad input is seen by all processes of a machine: the first of them tells.
-    if status == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+    if status == 1 or leads:
         print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 
