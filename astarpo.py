@@ -583,8 +583,7 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
     0.294
     """
     scaled = rewards.double() / beta1
-    value = beta1 * (scaled.logsumexp(-1) - math.log(rewards.shape[-1]))
-    return value.to(rewards.dtype) if rewards.is_floating_point() else value.float()
+    return (beta1 * (scaled.logsumexp(-1) - math.log(rewards.shape[-1]))).float()
 
 
 # --- 8. The loss: regression on the optimal advantage ---------------------------------------------
@@ -976,10 +975,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         before = measure()
         dialogues = stage_one(ref, problems, config, run)
         v_star = baselines(dialogues, config)
-        run.tell_stage_one(dialogues, v_star)
-        if config.drop_unsolved:
-            solved = {d.problem.index for d in dialogues if d.turns[0].correct}
-            problems = [problem for problem in problems if problem.index in solved]
+        problems = run.after_stage_one(dialogues, v_star)  # all, or with --drop-unsolved fewer
         with policy.active():  # adapters that are off count as frozen
             weights = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
@@ -1020,15 +1016,7 @@ def evaluate_policy(
     k = config.samples if config.temperature > 0 else 1
     wanted = [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in range(k)]
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
-    summary = {**summarize(dialogues), **evaluate_pool(policy, config)}
-    if k > 1:
-        summary |= voting(dialogues, k)
-    for trait in ("level", "subject"):
-        groups: dict[str, list[Dialogue]] = defaultdict(list)
-        for dialogue in dialogues:
-            groups[str(getattr(dialogue.problem, trait))].append(dialogue)
-        summary[f"by_{trait}"] = {name: summarize(g) for name, g in sorted(groups.items())}
-    return summary, dialogues
+    return {**summarize(dialogues, k), **evaluate_pool(policy, config)}, dialogues
 
 
 # ==================================================================================================
@@ -1103,6 +1091,10 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """'auto' takes the GPU if there is one, and bfloat16 where the GPU has it, else float16."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in device and dist.is_initialized():
+        raise UsageError(
+            f"under torchrun each process takes a GPU of its own: not --device {device}"
+        )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
     if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
@@ -1287,6 +1279,8 @@ def check_model(name: str, policy: Policy) -> None:
             apart = torch.stack([model.get_output_embeddings()(h)[0, -1] for h in hidden])
         scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * plain.float().std()
         wrong = [(x.float() - plain.float()).abs().max() > scale for x in (cached, apart)]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # what an architecture cannot do, it says in many ways
         raise UsageError(f"--model {name}: cannot be sampled here ({reason_of(error)})") from error
     if wrong[0]:
@@ -2285,14 +2279,25 @@ def scores(dialogues: Sequence[Dialogue]) -> np.ndarray:
     return right.reshape(n, -1, 2).mean(axis=1)
 
 
-def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+def accuracies(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     """`statistics` as a report has it: with n, the number of problems, and with intervals."""
     solved = scores(dialogues)
-    summary: dict[str, Any] = {"n": len(solved), **statistics(dialogues)}
-    summary["mean_response_tokens"] = summary.pop("response_tokens")
+    numbers: dict[str, Any] = {"n": len(solved), **statistics(dialogues)}
+    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
     for name, values in zip(ENDS, solved.T):
         counted = np.isin(values, (0, 1)).all()  # one dialogue a problem, or all of them agree
-        summary[f"{name}_ci"] = wilson(values.sum(), len(values)) if counted else bootstrap(values)
+        numbers[f"{name}_ci"] = wilson(values.sum(), len(values)) if counted else bootstrap(values)
+    return numbers
+
+
+def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
+    """What an evaluation with k dialogues a problem says: of all, by level and by subject."""
+    summary = accuracies(dialogues) | (voting(dialogues, k) if k > 1 else {})
+    for trait in ("level", "subject"):
+        groups = defaultdict(list)
+        for dialogue in dialogues:
+            groups[str(getattr(dialogue.problem, trait))].append(dialogue)
+        summary[f"by_{trait}"] = {name: accuracies(g) for name, g in sorted(groups.items())}
     return summary
 
 
@@ -2606,11 +2611,15 @@ class Run:
         """Keep a part of stage 1."""
         write_rows(self.stage_one, map(to_row, dialogues), append=True)
 
-    def tell_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
-        """Say what stage 1 found."""
+    def after_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> list[Problem]:
+        """Say what stage 1 found. Returns the problems to train on."""
         report_stage_one(dialogues, v_star, self.config, self.told)
-        if self.config.drop_unsolved and not any(d.turns[0].correct for d in dialogues):
+        solved = [
+            d.problem for d in dialogues if d.turns[0].correct or not self.config.drop_unsolved
+        ]
+        if not solved:
             raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
+        return list(dict.fromkeys(solved))
 
     def steps(self, learner: Learner) -> Iterator[int]:
         """The steps that are still to be done; the learner is brought back to where they begin."""
@@ -2764,6 +2773,8 @@ def read_config(path: Path) -> Config:
         config = Config(**values)
         for item in dataclasses.fields(config):
             value, kind = getattr(config, item.name), KINDS[item.type]
+            if value is None and item.default is None:
+                continue
             if type(value) is not kind and (type(value), kind) != (int, float):
                 raise TypeError(f"'{item.name}' is {value!r}")
             setattr(config, item.name, kind(value))
@@ -3087,9 +3098,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     folder = first(lambda: new_folder(config.out, "-eval"))
     policy = load_policy(config)
     problems = load_problems(policy, config, "test")
+    if config.compare:  # loaded first: that there is no such model must not be news in the end
+        other = load_policy(dataclasses.replace(config, model=config.compare))
     summary, dialogues = evaluate_policy(policy, problems, config)
     if config.compare:
-        other = load_policy(dataclasses.replace(config, model=config.compare))
         _, theirs = evaluate_policy(other, problems, config)
         summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
     write_rows(folder / "eval_results.jsonl", map(to_row, dialogues))
@@ -3124,7 +3136,7 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         if command in item.metadata["on"]:
             flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
             default = (
-                {"eval_limit": 0}.get(item.name, item.default)
+                {"eval_limit": 0, "model": "the newest finished run"}.get(item.name, item.default)
                 if command != "train"
                 else item.default
             )
@@ -3201,7 +3213,10 @@ def run_command(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 2 for bad input, 1 for a failure under way."""
-    options = parse(sys.argv[1:] if argv is None else argv)
+    # Bad input is seen by all processes of a machine: the first of them tells.
+    leads = os.environ.get("LOCAL_RANK", "0") == "0"
+    with contextlib.nullcontext() if leads else contextlib.redirect_stderr(None):
+        options = parse(sys.argv[1:] if argv is None else argv)
     try:
         run_command(options)
     except UsageError as error:
@@ -3225,8 +3240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    # Bad input is seen by all processes of a machine: the first of them tells.
-    if status == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+    if status == 1 or leads:
         print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 
