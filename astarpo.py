@@ -477,7 +477,7 @@ def uniform(*counters: Any) -> np.ndarray:
         h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         h = (h ^ (h >> np.uint64(31))) + np.uint64(0x9E3779B97F4A7C15)
-    return np.squeeze(h >> np.uint64(32)) * 2.0**-32
+    return (h >> np.uint64(32)) * 2.0**-32
 
 
 def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
@@ -791,7 +791,6 @@ def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, ste
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
     index, number, turn = np.array(counters).T[:, :, None]
     u = uniform(config.seed, step, index, number, turn, np.arange(config.max_new_tokens))
-    u = u.reshape(len(dialogues), -1)  # also if it is one number
     responses = sample(policy, [dialogue.ids for dialogue in dialogues], u, config)
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
@@ -962,8 +961,8 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     resume: go on with the unfinished run in config.out. `Run`, in the appendix, is its folder: it
     keeps and prints what happens, and brings it back.
     """
-    config = at_temperature(config, 1.0)
     with Run(config, resume) as run:
+        config = run.config  # with a temperature, if none was given
         policy = load_policy(config)
         problems = load_problems(policy, config, "train")
         held_out = load_problems(policy, config, "test")
@@ -993,26 +992,27 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 seen = [update(learner, part, config) for part in parts]
             run.tell(dialogues, seen)
             run.check_in(measure)  # now and then: evaluate, keep the best, save a state
-        save_model(policy, run.folder / "checkpoint")
-        return run.finish(before, measure())
+        return run.finish(before, measure)  # save the model, evaluate again, report
 
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
 # Dialogues as in training, but on problems that were never trained on, greedily (temperature 0)
-# unless an option says otherwise. Accuracy is measured twice: acc_t1 of the first attempt, acc_final of the last one. The difference
-# is what checking was worth. A verifier that always says "correct" is right as often as the solver
-# is, so we do not look at its accuracy alone but at the *balanced* one: the mean of how often it is
-# right about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict.
-# A trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
-# turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong
-# (`evaluate_pool`). `summarize` counts, and says how sure the numbers are. (The command `eval` is
-# `evaluate`, in the appendix: it loads, calls this, and writes down.)
+# unless an option says otherwise. Accuracy is measured twice: acc_t1 of the first attempt,
+# acc_final of the last one. The difference is what checking was worth. A verifier that always says
+# "correct" is right as often as the solver is, so we do not look at its accuracy alone but at the
+# *balanced* one: the mean of how often it is right about right attempts and about wrong ones. A
+# coin has 0.5, and so has any constant verdict. A trained policy makes few mistakes, and its own
+# attempts leave little to be judged; so the verify turn is also scored on a fixed pool of the
+# base's attempts, half of them right, half wrong (`evaluate_pool`). `summarize` counts, and says
+# how sure the numbers are; both are in the appendix, like the command `eval`: it loads, calls
+# this, and writes down.
 
 
-def evaluate_policy(
-    policy: Policy, problems: Sequence[Problem], config: Config
-) -> tuple[dict[str, Any], list[Dialogue]]:
-    """Dialogues about held-out problems, K of each unless greedy: (summary, dialogues)."""
+Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
+
+
+def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config) -> Evaluation:
+    """Dialogues about held-out problems, K of each unless greedy."""
     k = config.samples if config.temperature > 0 else 1
     wanted = [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in range(k)]
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
@@ -2548,8 +2548,8 @@ class Run:
     """The folder of a training run: what happens is written there, and read back by --resume."""
 
     def __init__(self, config: Config, resume: bool) -> None:
-        check_options(config, "train")
-        self.config, self.resumed = config, resume
+        self.config, self.resumed = at_temperature(config, 1.0), resume
+        check_options(self.config, "train")
         self.folder = Path(config.out) if resume else first(lambda: new_folder(config.out))
         self.metrics: list[dict[str, Any]] = []  # of the steps so far
         self.evaluations: list[dict[str, Any]] = []  # of --eval-every
@@ -2659,7 +2659,7 @@ class Run:
         self.send(metrics)
         diagnose(self.metrics, self.config, self.told)
 
-    def check_in(self, measure: Callable[[], tuple[dict[str, Any], list[Dialogue]]]) -> None:
+    def check_in(self, measure: Callable[[], Evaluation]) -> None:
         """--eval-every: a line of eval.jsonl, and in best/ the model of the best acc_final so far.
         --save-every: a state to go on from."""
         step = len(self.metrics)
@@ -2718,17 +2718,15 @@ class Run:
         if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)
 
-    def finish(
-        self,
-        before: tuple[dict[str, Any], list[Dialogue]],
-        after: tuple[dict[str, Any], list[Dialogue]],
-    ) -> dict[str, Any]:
-        """Report. Returns the summary."""
+    def finish(self, before: Evaluation, measure: Callable[[], Evaluation]) -> dict[str, Any]:
+        """Save the model, evaluate it, report. Returns the summary."""
+        save_model(self.learner.policy, self.folder / "checkpoint")
+        after, dialogues = measure()
         kl = recent(self.metrics).get("kl") or 0.0
-        summary = {"before": before[0], "after": after[0], "kl": kl}
-        write_rows(self.folder / "eval_results.jsonl", map(to_row, after[1]))
+        summary = {"before": before[0], "after": after, "kl": kl}
+        write_rows(self.folder / "eval_results.jsonl", map(to_row, dialogues))
         write_rows(self.folder / "summary.json", [summary], indent=2)
-        report_training(summary, before[1], after[1])
+        report_training(summary, before[1], dialogues)
         if is_first():
             draw(self.folder)
         print(f"\nwritten to {self.folder}: checkpoint/, metrics.jsonl, summary.json, ...")
