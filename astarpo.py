@@ -2297,7 +2297,7 @@ def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
 
 
 def wilson(successes: float, n: int) -> list[float]:
-    """95 % interval of a proportion (Wilson 1927): unlike p +- 2 s it is right near 0 and 1, too."""
+    """95 % interval of a proportion (Wilson 1927): unlike p +- 2 s it is right near 0 and 1."""
     z = 1.959964  # the normal distribution has 95 % within +- z
     centre = successes + z * z / 2
     spread = z * math.sqrt(successes * (1 - successes / n) + z * z / 4)
@@ -2326,7 +2326,7 @@ def compare(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, 
 
 
 def majority(answers: Iterable[str | None]) -> str | None:
-    """The commonest answer, where 1/2 and 0.5 are one; the earliest of several; None has no vote."""
+    """The commonest answer, where 1/2 and 0.5 are one; the earliest of several; None is no vote."""
     votes: list[str] = []
     for answer in filter(None, answers):
         votes.append(next((vote for vote in votes if is_equiv(answer, vote)), answer))
