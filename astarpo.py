@@ -360,7 +360,8 @@ def verify(text: str | None, gold: str | None) -> bool:
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
-# between two responses the ids of the markers and of our next request: the *bridge*.
+# between two responses the ids of the markers and of our next request: the *bridge*. And a marker
+# that happens to stand in a problem must not end our request: it is split (`without_markers`).
 #
 # The model stays in eval mode for ever, also while it learns: dropout would make log pi differ from
 # log pi_ref before the first update, and (6) is a statement about exactly that difference.
@@ -405,7 +406,8 @@ class Policy:
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The first request, up to where the model's first response begins."""
         if problem not in self.prompts:
-            request = SOLVE_PROMPT.replace("{problem}", problem.problem)
+            words = without_markers(self.tokenizer, problem.problem)
+            request = SOLVE_PROMPT.replace("{problem}", words)
             text = render(self.tokenizer, [{"role": "user", "content": request}])
             self.prompts[problem] = encode(self.tokenizer, text)
         return self.prompts[problem]
@@ -475,7 +477,7 @@ def uniform(*counters: Any) -> np.ndarray:
         h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         h = (h ^ (h >> np.uint64(31))) + np.uint64(0x9E3779B97F4A7C15)
-    return np.squeeze(h >> np.uint64(32)) * 2.0**-32
+    return (h >> np.uint64(32)) * 2.0**-32
 
 
 def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
@@ -581,8 +583,7 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
     0.294
     """
     scaled = rewards.double() / beta1
-    value = beta1 * (scaled.logsumexp(-1) - math.log(rewards.shape[-1]))
-    return value.to(rewards.dtype) if rewards.is_floating_point() else value.float()
+    return (beta1 * (scaled.logsumexp(-1) - math.log(rewards.shape[-1]))).float()
 
 
 # --- 8. The loss: regression on the optimal advantage ---------------------------------------------
@@ -790,7 +791,6 @@ def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, ste
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
     index, number, turn = np.array(counters).T[:, :, None]
     u = uniform(config.seed, step, index, number, turn, np.arange(config.max_new_tokens))
-    u = u.reshape(len(dialogues), -1)  # also if it is one number
     responses = sample(policy, [dialogue.ids for dialogue in dialogues], u, config)
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
@@ -961,8 +961,8 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     resume: go on with the unfinished run in config.out. `Run`, in the appendix, is its folder: it
     keeps and prints what happens, and brings it back.
     """
-    config = at_temperature(config, 1.0)
     with Run(config, resume) as run:
+        config = run.config  # with a temperature, if none was given
         policy = load_policy(config)
         problems = load_problems(policy, config, "train")
         held_out = load_problems(policy, config, "test")
@@ -974,10 +974,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         before = measure()
         dialogues = stage_one(ref, problems, config, run)
         v_star = baselines(dialogues, config)
-        run.tell_stage_one(dialogues, v_star)
-        if config.drop_unsolved:
-            solved = {d.problem.index for d in dialogues if d.turns[0].correct}
-            problems = [problem for problem in problems if problem.index in solved]
+        problems = run.after_stage_one(dialogues, v_star)  # all, or with --drop-unsolved fewer
         with policy.active():  # adapters that are off count as frozen
             weights = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
@@ -995,38 +992,31 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 seen = [update(learner, part, config) for part in parts]
             run.tell(dialogues, seen)
             run.check_in(measure)  # now and then: evaluate, keep the best, save a state
-        save_model(policy, run.folder / "checkpoint")
-        return run.finish(before, measure())
+        return run.finish(before, measure)  # save the model, evaluate again, report
 
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
 # Dialogues as in training, but on problems that were never trained on, greedily (temperature 0)
-# unless an option says otherwise. Accuracy is measured twice: acc_t1 of the first attempt, acc_final of the last one. The difference
-# is what checking was worth. A verifier that always says "correct" is right as often as the solver
-# is, so we do not look at its accuracy alone but at the *balanced* one: the mean of how often it is
-# right about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict.
-# A trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
-# turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong
-# (`evaluate_pool`). `summarize` counts, and says how sure the numbers are. (The command `eval` is
-# `evaluate`, in the appendix: it loads, calls this, and writes down.)
+# unless an option says otherwise. Accuracy is measured twice: acc_t1 of the first attempt,
+# acc_final of the last one. The difference is what checking was worth. A verifier that always says
+# "correct" is right as often as the solver is, so we do not look at its accuracy alone but at the
+# *balanced* one: the mean of how often it is right about right attempts and about wrong ones. A
+# coin has 0.5, and so has any constant verdict. A trained policy makes few mistakes, and its own
+# attempts leave little to be judged; so the verify turn is also scored on a fixed pool of the
+# base's attempts, half of them right, half wrong (`evaluate_pool`). `summarize` counts, and says
+# how sure the numbers are; both are in the appendix, like the command `eval`: it loads, calls
+# this, and writes down.
 
 
-def evaluate_policy(
-    policy: Policy, problems: Sequence[Problem], config: Config
-) -> tuple[dict[str, Any], list[Dialogue]]:
-    """Dialogues about held-out problems, K of each unless greedy: (summary, dialogues)."""
+Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
+
+
+def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config) -> Evaluation:
+    """Dialogues about held-out problems, K of each unless greedy."""
     k = config.samples if config.temperature > 0 else 1
     wanted = [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in range(k)]
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
-    summary = {**summarize(dialogues), **evaluate_pool(policy, config)}
-    if k > 1:
-        summary |= voting(dialogues, k)
-    for trait in ("level", "subject"):
-        groups: dict[str, list[Dialogue]] = defaultdict(list)
-        for dialogue in dialogues:
-            groups[str(getattr(dialogue.problem, trait))].append(dialogue)
-        summary[f"by_{trait}"] = {name: summarize(g) for name, g in sorted(groups.items())}
-    return summary, dialogues
+    return {**summarize(dialogues, k), **evaluate_pool(policy, config)}, dialogues
 
 
 # ==================================================================================================
@@ -1101,6 +1091,10 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """'auto' takes the GPU if there is one, and bfloat16 where the GPU has it, else float16."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in device and dist.is_initialized():
+        raise UsageError(
+            f"under torchrun each process takes a GPU of its own: not --device {device}"
+        )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
     if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
@@ -1123,15 +1117,28 @@ def reason_of(error: BaseException) -> str:
     return str(cause).strip().split("\n")[0][:300] or type(cause).__name__
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and warnings of other libraries between our lines."""
+    before = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        logging.set_verbosity(before[0])
+        hub_logging.set_verbosity(before[1])
+        if before[2]:
+            logging.enable_progress_bar()
+
+
 def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or the hub; a LoRA checkpoint is merged into its base.
 
     Raises UsageError, in one sentence, for whatever is wrong with it.
     """
-    logging.set_verbosity_error()  # no progress bars and warnings of others between our lines
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    hub_logging.set_verbosity_error()
     path = local(name)
     path = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # the folder of a run
     if path.exists():
@@ -1147,26 +1154,31 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         import peft  # outside of the `try`: if it is missing, `main` says so
     options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        if adapted:
-            model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
-            model, missing = model.merge_and_unload(), []
-            model.had_adapters = True
-        else:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), output_loading_info=True, **options
-            )
-            missing = sorted(info["missing_keys"])
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            if adapted:
+                model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
+                model, info = model.merge_and_unload(), {"missing_keys": []}
+                model.had_adapters = True
+            else:
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    str(path), output_loading_info=True, **options
+                )
+        if tokenizer.chat_template is None:
+            print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
+            tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN_TEMPLATE
+        prompt = render(tokenizer, [{"role": "user", "content": "What is 2 + 3?"}])
     except Exception as error:  # transformers, safetensors and the hub each have their own kinds
         where = "cannot be loaded" if path.exists() else "is no folder here, nor on the hub"
         raise UsageError(f"--model {name} {where}: {reason_of(error)}") from error
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise UsageError(f"--model {name}: its weights lack {len(missing)} tensors ({missing[0]}…)")
     if not encode(tokenizer, "1 + 1 = 2"):  # transformers makes an empty one up if there is none
         raise UsageError(f"--model {name}: no tokenizer there")
-    if tokenizer.chat_template is None:
-        print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
-        tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN_TEMPLATE
+    if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):
+        raise UsageError(f"--model {name}: {len(tokenizer)} tokens, but embeddings of {rows} only")
+    if "2 + 3?" not in prompt:
+        raise UsageError(f"--model {name}: its chat template drops what the user says")
     return model.eval(), tokenizer
 
 
@@ -1181,14 +1193,12 @@ def load_policy(config: Config) -> Policy:
     # A tiny model is faster on one core: handing out its small products costs more than they do,
     # and next to a busy process the cores wait for each other (seen: 20 times slower).
     torch.set_num_threads(config.threads or (1 if size < 10 else os.cpu_count() or 1))
-    ends = model.generation_config.eos_token_id
-    ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
-    ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
-    policy = Policy(model.to(device), tokenizer, tuple(sorted(ends)), device, dtype, scaler=scaler)
+    ends = turn_ends(model, tokenizer)
+    policy = Policy(model.to(device), tokenizer, ends, device, dtype, scaler=scaler)
     check_model(config.model, policy)
     print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
-    print(f"{torch.get_num_threads()} CPU thread(s)")
+    print(f"{torch.get_num_threads()} CPU thread(s); a turn ends with {tokenizer.decode(ends)}")
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
@@ -1196,6 +1206,29 @@ def load_policy(config: Config) -> Policy:
             raise UsageError(f"--model {config.model} knows no --gradient-checkpointing")
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
+
+
+def markers(tokenizer: Any) -> list[str]:
+    """The special tokens, such as <|end|>, as text."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def without_markers(tokenizer: Any, text: str) -> str:
+    """The text with its markers split: in what people write they are words like any other."""
+    for marker in markers(tokenizer):
+        text = text.replace(marker, marker[0] + " " + marker[1:])
+    return text
+
+
+def turn_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """What ends a response: what model and tokenizer are configured with, and the marker that the
+    chat template writes after an answer (base models are often configured with another one)."""
+    ends = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])}
+    with contextlib.suppress(UsageError):  # without verify turns any template will do
+        after = encode(tokenizer, bridge_text(tokenizer, "Q"))[0]
+        found |= {after} if tokenizer.decode([after]) in markers(tokenizer) else set()
+    return tuple(sorted(found - {None}))
 
 
 def bridge_text(tokenizer: Any, request: str) -> str:
@@ -1207,12 +1240,16 @@ def bridge_text(tokenizer: Any, request: str) -> str:
     question = {"role": "user", "content": "Q"}
     answer = "<think>\nhm\n</think>\n\nA"
     asked = [question, {"role": "assistant", "content": answer}]
-    before = render(tokenizer, [question]) + answer
-    after = render(tokenizer, [*asked, {"role": "user", "content": request}])
+    way_out = "; give the tokenizer another chat_template, or use --revisions 0"
+    try:
+        before = render(tokenizer, [question]) + answer
+        after = render(tokenizer, [*asked, {"role": "user", "content": request}])
+    except Exception as error:  # a template is a program
+        raise UsageError(f"the model's chat template fails: {reason_of(error)}{way_out}") from error
     if not after.startswith(before):
         raise UsageError(
             "this model's chat template rewrites earlier turns, so later turns cannot extend the "
-            "same tokens; give the tokenizer another chat_template, or use --revisions 0"
+            f"same tokens{way_out}"
         )
     return after[len(before) :]
 
@@ -1242,6 +1279,8 @@ def check_model(name: str, policy: Policy) -> None:
             apart = torch.stack([model.get_output_embeddings()(h)[0, -1] for h in hidden])
         scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * plain.float().std()
         wrong = [(x.float() - plain.float()).abs().max() > scale for x in (cached, apart)]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # what an architecture cannot do, it says in many ways
         raise UsageError(f"--model {name}: cannot be sampled here ({reason_of(error)})") from error
     if wrong[0]:
@@ -1262,26 +1301,34 @@ def weights_hash(model: Any) -> str:
 
 
 def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
-    """The problems of --train-data (split "train") or --eval-data ("test"), less those that are too
-    long: of a file, a folder or a hub data set, and there of the part with that name."""
+    """The problems of --train-data (split "train") or --eval-data ("test"), each once, less those
+    without an answer and those that are too long."""
     check_context(policy, config)
-    training = split == "train"
-    source = config.train_data if training else config.eval_data
-    rows = read_rows(source, split)
-    problems = [to_problem(row, i, place, config) for i, (place, row) in enumerate(rows)]
-    longest = config.max_prompt_tokens
-    kept = [p for p in problems if p.answer.strip()]
-    short = [p for p in kept if len(policy.prompt_ids(p)) <= longest]
-    for left_out, why in (
-        (len(problems) - len(kept), "have an empty answer"),
-        (len(kept) - len(short), f"are longer than --max-prompt-tokens {longest}"),
-    ):
-        if left_out:
-            print(f"{source}: {left_out} of {len(problems)} problems {why} and are left out")
-    if not short:
-        raise UsageError(f"{source} holds no problems" + (" short enough" if kept else ""))
-    taken = short[: (config.train_limit if training else config.eval_limit) or None]
-    print(f"{source}: {len(taken)} of {len(problems)} problems, such as")
+    source, limit = config.eval_data, config.eval_limit
+    if split == "train":
+        source, limit = config.train_data, config.train_limit
+    kept: dict[str, Problem] = {}
+    left_out: Counter[str] = Counter()
+    for index, (place, row) in enumerate(read_rows(source, split)):
+        problem = to_problem(row, index, place, config)
+        if no_answer(problem.answer):
+            left_out["have no answer"] += 1
+        elif problem.problem in kept:
+            left_out["came before"] += 1
+        elif len(policy.prompt_ids(problem)) > config.max_prompt_tokens:
+            left_out[f"are longer than --max-prompt-tokens {config.max_prompt_tokens}"] += 1
+        else:
+            kept[problem.problem] = problem
+    n = len(kept) + left_out.total()
+    for why, count in left_out.items():
+        print(f"{source}: {count} of {n} problems {why} and are left out")
+    if not kept:
+        columns = f" (there are the columns {', '.join(row)})" if n else ""
+        raise UsageError(f"{source} holds no problems that can be used{columns}")
+    taken = [*kept.values()][: limit or None]
+    if strange := [problem.answer for problem in taken if not readable(problem.answer)]:
+        print(f"{source}: {len(strange)} answers can only be met word for word, as", strange[:2])
+    print(f"{source}: {len(taken)} of {n} problems, such as")
     for problem in taken[:2]:
         text = " ".join(problem.problem.split())
         print(f"  {text[:56]}{'...' * (len(text) > 56)} -> {problem.answer[:16]}")
@@ -1292,7 +1339,7 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
     """(place, row) for each line, where the place ("file, line 3") is for error messages. Of a file
     that need not be `whole`, as a kill can leave half a line, the rows up to the first broken one.
     """
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place = f"{path}, line {number}"
@@ -1308,60 +1355,100 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
 
 
 def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a local file or folder or of a hub data set; all but JSONL through `datasets`.
+    """(place, row) of a local file or folder or of a hub data set; all but JSONL by `datasets`.
 
     Of a set with several configurations (MATH has one a subject) all are read, but if one is called
     main or default, as GSM8K has it, that one alone: the others tell the same problems again.
     """
     path = local(source)
-    if path.is_file() and path.suffix not in (".json", ".parquet", ".csv"):
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if path.is_file() and (path.suffix != ".gz" and kind not in ("json", "parquet", "csv")):
         yield from read_jsonl(path)
         return
     if not path.exists() and source.count("/") != 1:  # a hub id is owner/name
         raise UsageError(f"{source}: no such file or folder")
     import datasets
 
+    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told below, once
     try:
         if path.is_file():
-            parts = [datasets.load_dataset(path.suffix[1:], data_files=str(path))]
+            kind = "json" if kind == "jsonl" else kind
+            parts = [datasets.load_dataset(kind, data_files=str(path))]
+        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            parts = [datasets.load_from_disk(str(path))]
         else:
             names = datasets.get_dataset_config_names(str(path))
             names = [name for name in names if name in ("main", "default")][:1] or names
             parts = [datasets.load_dataset(str(path), name) for name in names]
     except Exception as error:  # `datasets` has dozens of kinds; the first line says what it is
-        kind = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
-        raise UsageError(f"{source} {kind}: {reason_of(error)}") from error
+        what = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
+        raise UsageError(f"{source} {what}: {reason_of(error)}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
     for part in parts:
-        found = next((name for name in (split, "train", "test") if name in part), next(iter(part)))
-        for number, row in enumerate(part[found]):
-            yield f"{source}, {found} row {number}", row
+        if isinstance(part, dict):
+            split = next((name for name in (split, "train", "test") if name in part), [*part][0])
+            part = part[split]
+        for number, row in enumerate(part):
+            yield f"{source}, {split} row {number}", row
+
+
+# What others call the columns of MATH's schema.
+COLUMNS = {
+    "problem": ("problem", "question", "prompt"),
+    "answer": ("answer", "final_answer", "reward_model", "solution"),
+}
 
 
 def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
-    """Read a row in MATH's schema or its common variants (question; a box or #### in the solution).
-    Raises UsageError that names the place."""
+    """Read a row in MATH's schema or in one of its common variants: other names, a box or GSM8K's
+    #### in a worked solution, a chat as prompt. No answer is ''. Raises UsageError with the place.
+    """
     if not isinstance(row, dict):
         raise UsageError(f"{place}: not a JSON object")
-    for column in filter(None, (config.problem_column, config.answer_column)):
-        if column not in row:
-            raise UsageError(f"{place}: no column '{column}' (there are {', '.join(row)})")
-    columns = [config.problem_column or "problem", "question", "prompt"]
-    text = next((row[column] for column in columns if column in row), None)
-    solution = row.get("solution") or ""
-    answer = row.get(config.answer_column or "answer")
-    if answer is None or re.search(r"####|\\boxed", str(answer)):
-        solution = str(answer or solution)
-        answer = extract_answer(solution)
-    answer = str(answer) if type(answer) in (int, float) else answer
-    for name, value in (("problem", text), ("answer", answer)):
-        if not isinstance(value, str):
-            raise UsageError(f"{place}: '{name}' is missing or not a text")
-    digits = re.search(r"\d+", str(row.get("level")))
-    subject = row.get("subject", row.get("type")) or ""
+    cells = {name.lower(): value for name, value in row.items()}
+    found = {}
+    for kind, names in COLUMNS.items():
+        if named := getattr(config, f"{kind}_column").lower():
+            names = (named,)
+        there = [name for name in names if cells.get(name) not in (None, "", [])]
+        if not there and (named not in ("", *cells) or kind == "problem"):
+            raise UsageError(
+                f"{place}: no column '{named or kind}' with a text (there are {', '.join(row)}); "
+                f"--{kind}-column names another"
+            )
+        found[kind] = text_of(cells[there[0]]) if there else ""
+        if found[kind] is None:
+            raise UsageError(
+                f"{place}: '{there[0]}' is a {type(cells[there[0]]).__name__}, no text"
+            )
+    answer, solution = found["answer"], text_of(cells.get("solution")) or ""
+    if re.search(r"####|\\boxed", answer) or answer == solution:
+        solution, answer = answer, extract_answer(answer) or ""
+    if listed := re.fullmatch(r"\[\s*(['\"])([^'\"]*)\1\s*\]", answer):  # "['5']"
+        answer = listed[2]
+    if not readable(answer) and readable(single := answer.replace("\\\\", "\\")):
+        answer = single
+    digits = re.search(r"\d+", str(cells.get("level")))
+    subject = cells.get("subject", cells.get("type")) or ""
     level = int(digits[0]) if digits else None
-    return Problem(index, text, answer, str(solution), level, str(subject))
+    return Problem(index, found["problem"], answer, solution, level, str(subject))
+
+
+def text_of(cell: Any) -> str | None:
+    """The text in a cell: of a number, of the only element of a list, of a chat's last message by
+    the user, of verl's {"ground_truth": ...}; None for what is none of these."""
+    if isinstance(cell, list) and cell and all(isinstance(part, dict) for part in cell):
+        cell = next((m.get("content") for m in cell[::-1] if m.get("role") == "user"), None)
+    if isinstance(cell, dict):
+        cell = cell.get("ground_truth")
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    return str(cell) if type(cell) in (int, float, str) else None
 
 
 def check_context(policy: Policy, config: Config) -> None:
@@ -1424,8 +1511,9 @@ def save_model(policy: Policy, folder: Path) -> None:
         return
     partial = folder.with_name(folder.name + ".partial")
     try:
-        policy.model.save_pretrained(partial, state_dict=weights)
-        policy.tokenizer.save_pretrained(partial)
+        with quiet():
+            policy.model.save_pretrained(partial, state_dict=weights)
+            policy.tokenizer.save_pretrained(partial)
         for file in partial.iterdir():
             with file.open("r+b") as there:  # on the disk before the name is
                 os.fsync(there.fileno())
@@ -1524,6 +1612,14 @@ def last_box(text: str) -> str:
             else:  # \boxed 5 has no braces: take the next word
                 content = re.match(r"[^\s$]*", text[start:])[0].rstrip(".,;")
     return content.strip()
+
+
+def no_answer(gold: str) -> bool:
+    return not gold.strip()
+
+
+def readable(gold: str) -> bool:
+    return True
 
 
 def normalize_answer(answer: str | None) -> str:
@@ -2183,14 +2279,25 @@ def scores(dialogues: Sequence[Dialogue]) -> np.ndarray:
     return right.reshape(n, -1, 2).mean(axis=1)
 
 
-def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+def accuracies(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     """`statistics` as a report has it: with n, the number of problems, and with intervals."""
     solved = scores(dialogues)
-    summary: dict[str, Any] = {"n": len(solved), **statistics(dialogues)}
-    summary["mean_response_tokens"] = summary.pop("response_tokens")
+    numbers: dict[str, Any] = {"n": len(solved), **statistics(dialogues)}
+    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
     for name, values in zip(ENDS, solved.T):
         counted = np.isin(values, (0, 1)).all()  # one dialogue a problem, or all of them agree
-        summary[f"{name}_ci"] = wilson(values.sum(), len(values)) if counted else bootstrap(values)
+        numbers[f"{name}_ci"] = wilson(values.sum(), len(values)) if counted else bootstrap(values)
+    return numbers
+
+
+def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
+    """What an evaluation with k dialogues a problem says: of all, by level and by subject."""
+    summary = accuracies(dialogues) | (voting(dialogues, k) if k > 1 else {})
+    for trait in ("level", "subject"):
+        groups = defaultdict(list)
+        for dialogue in dialogues:
+            groups[str(getattr(dialogue.problem, trait))].append(dialogue)
+        summary[f"by_{trait}"] = {name: accuracies(g) for name, g in sorted(groups.items())}
     return summary
 
 
@@ -2441,8 +2548,8 @@ class Run:
     """The folder of a training run: what happens is written there, and read back by --resume."""
 
     def __init__(self, config: Config, resume: bool) -> None:
-        check_options(config, "train")
-        self.config, self.resumed = config, resume
+        self.config, self.resumed = at_temperature(config, 1.0), resume
+        check_options(self.config, "train")
         self.folder = Path(config.out) if resume else first(lambda: new_folder(config.out))
         self.metrics: list[dict[str, Any]] = []  # of the steps so far
         self.evaluations: list[dict[str, Any]] = []  # of --eval-every
@@ -2504,11 +2611,15 @@ class Run:
         """Keep a part of stage 1."""
         write_rows(self.stage_one, map(to_row, dialogues), append=True)
 
-    def tell_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
-        """Say what stage 1 found."""
+    def after_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> list[Problem]:
+        """Say what stage 1 found. Returns the problems to train on."""
         report_stage_one(dialogues, v_star, self.config, self.told)
-        if self.config.drop_unsolved and not any(d.turns[0].correct for d in dialogues):
+        solved = [
+            d.problem for d in dialogues if d.turns[0].correct or not self.config.drop_unsolved
+        ]
+        if not solved:
             raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
+        return list(dict.fromkeys(solved))
 
     def steps(self, learner: Learner) -> Iterator[int]:
         """The steps that are still to be done; the learner is brought back to where they begin."""
@@ -2548,7 +2659,7 @@ class Run:
         self.send(metrics)
         diagnose(self.metrics, self.config, self.told)
 
-    def check_in(self, measure: Callable[[], tuple[dict[str, Any], list[Dialogue]]]) -> None:
+    def check_in(self, measure: Callable[[], Evaluation]) -> None:
         """--eval-every: a line of eval.jsonl, and in best/ the model of the best acc_final so far.
         --save-every: a state to go on from."""
         step = len(self.metrics)
@@ -2607,17 +2718,15 @@ class Run:
         if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)
 
-    def finish(
-        self,
-        before: tuple[dict[str, Any], list[Dialogue]],
-        after: tuple[dict[str, Any], list[Dialogue]],
-    ) -> dict[str, Any]:
-        """Report. Returns the summary."""
+    def finish(self, before: Evaluation, measure: Callable[[], Evaluation]) -> dict[str, Any]:
+        """Save the model, evaluate it, report. Returns the summary."""
+        save_model(self.learner.policy, self.folder / "checkpoint")
+        after, dialogues = measure()
         kl = recent(self.metrics).get("kl") or 0.0
-        summary = {"before": before[0], "after": after[0], "kl": kl}
-        write_rows(self.folder / "eval_results.jsonl", map(to_row, after[1]))
+        summary = {"before": before[0], "after": after, "kl": kl}
+        write_rows(self.folder / "eval_results.jsonl", map(to_row, dialogues))
         write_rows(self.folder / "summary.json", [summary], indent=2)
-        report_training(summary, before[1], after[1])
+        report_training(summary, before[1], dialogues)
         if is_first():
             draw(self.folder)
         print(f"\nwritten to {self.folder}: checkpoint/, metrics.jsonl, summary.json, ...")
@@ -2662,6 +2771,8 @@ def read_config(path: Path) -> Config:
         config = Config(**values)
         for item in dataclasses.fields(config):
             value, kind = getattr(config, item.name), KINDS[item.type]
+            if value is None and item.default is None:
+                continue
             if type(value) is not kind and (type(value), kind) != (int, float):
                 raise TypeError(f"'{item.name}' is {value!r}")
             setattr(config, item.name, kind(value))
@@ -2985,9 +3096,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     folder = first(lambda: new_folder(config.out, "-eval"))
     policy = load_policy(config)
     problems = load_problems(policy, config, "test")
+    if config.compare:  # loaded first: that there is no such model must not be news in the end
+        other = load_policy(dataclasses.replace(config, model=config.compare))
     summary, dialogues = evaluate_policy(policy, problems, config)
     if config.compare:
-        other = load_policy(dataclasses.replace(config, model=config.compare))
         _, theirs = evaluate_policy(other, problems, config)
         summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
     write_rows(folder / "eval_results.jsonl", map(to_row, dialogues))
@@ -3022,7 +3134,7 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         if command in item.metadata["on"]:
             flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
             default = (
-                {"eval_limit": 0}.get(item.name, item.default)
+                {"eval_limit": 0, "model": "the newest finished run"}.get(item.name, item.default)
                 if command != "train"
                 else item.default
             )
@@ -3099,7 +3211,10 @@ def run_command(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 2 for bad input, 1 for a failure under way."""
-    options = parse(sys.argv[1:] if argv is None else argv)
+    # Bad input is seen by all processes of a machine: the first of them tells.
+    leads = os.environ.get("LOCAL_RANK", "0") == "0"
+    with contextlib.nullcontext() if leads else contextlib.redirect_stderr(None):
+        options = parse(sys.argv[1:] if argv is None else argv)
     try:
         run_command(options)
     except UsageError as error:
@@ -3123,8 +3238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    # Bad input is seen by all processes of a machine: the first of them tells.
-    if status == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+    if status == 1 or leads:
         print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 
