@@ -117,7 +117,7 @@ def v_star_of(rewards: list[float], beta1: float) -> float:
 
 @given(REWARDS, BETA)
 def test_v_star_lies_between_the_mean_and_the_maximum_and_tends_to_both(rewards, beta1):
-    assert np.mean(rewards) - 1e-9 <= v_star_of(rewards, beta1) <= max(rewards) + 1e-9
+    assert np.mean(rewards) - 1e-6 <= v_star_of(rewards, beta1) <= max(rewards) + 1e-6
     assert v_star_of(rewards, 1e-5) == pytest.approx(max(rewards), abs=1e-3)
     assert v_star_of(rewards, 1e6) == pytest.approx(np.mean(rewards), abs=1e-4)
 
@@ -125,7 +125,7 @@ def test_v_star_lies_between_the_mean_and_the_maximum_and_tends_to_both(rewards,
 @given(REWARDS, BETA, st.floats(-5, 5), st.randoms())
 def test_v_star_moves_with_the_rewards_and_ignores_their_order(rewards, beta1, shift, random):
     moved = [reward + shift for reward in random.sample(rewards, len(rewards))]
-    assert v_star_of(moved, beta1) == pytest.approx(v_star_of(rewards, beta1) + shift, abs=1e-9)
+    assert v_star_of(moved, beta1) == pytest.approx(v_star_of(rewards, beta1) + shift, abs=1e-6)
 
 
 def test_v_star_of_extreme_rewards_does_not_overflow():
@@ -192,12 +192,12 @@ def test_on_policy_any_baseline_finds_the_optimum_off_policy_only_the_right_v():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # this one with dropout
 def test_the_first_log_ratio_is_zero_to_the_last_bit(kind, dtype):
-    policy = dataclasses.replace(bare(tiny_model(kind)), dtype=dtype)
+    policy = dataclasses.replace(bare(random_model(kind)), dtype=dtype)
     ref = A.freeze(policy)
     ids = torch.arange(60).reshape(2, 30) % 40
     assert torch.equal(*(A.token_logps(p, ids, ids > 5).detach() for p in (policy, ref)))
     inner = [m for m in ref.model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
-    assert {layer.weight.dtype for layer in inner} <= {dtype}  # half the memory
+    assert all(layer.weight.dtype == dtype for layer in inner)  # half the memory
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in ref.model.parameters())
 
@@ -205,7 +205,7 @@ def test_the_first_log_ratio_is_zero_to_the_last_bit(kind, dtype):
 def gpt2_folder(folder: Path, base: A.Policy) -> Path:
     """A tiny random GPT-2 with the base's tokenizer, but no chat template and no pad token."""
     sizes = {"vocab_size": len(base.tokenizer), "n_positions": 512}
-    tiny_model("gpt2", **sizes, eos_token_id=base.end_ids[0]).save_pretrained(folder)
+    random_model("gpt2", **sizes, eos_token_id=base.end_ids[0]).save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -266,7 +266,7 @@ KINDS: dict[str, dict[str, Any]] = {
 REFUSED = ("mamba2", "lfm2", "jamba", "gemma2")
 
 
-def tiny_model(kind: str, **sizes: Any) -> Any:
+def random_model(kind: str, **sizes: Any) -> Any:
     """A random model of some architecture, whose words are not all equally likely."""
     usual = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     usual |= {"num_attention_heads": 4, "initializer_range": 0.3}
@@ -296,7 +296,7 @@ def by_definition(
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", [*filter(lambda kind: kind not in REFUSED, KINDS)])
 def test_what_is_sampled_in_a_batch_is_what_a_plain_forward_gives(kind, temperature):
-    policy, config = bare(tiny_model(kind)), A.Config(temperature=temperature)
+    policy, config = bare(random_model(kind)), A.Config(temperature=temperature)
     A.check_model(kind, policy)
     starts = ((5, 9), (8, 4), (8, 4), (12, 15), (5, 9), (8, 4))  # ragged, and some are equal
     prompts = [[*range(first, first + n)] for first, n in starts]
@@ -315,7 +315,7 @@ def test_what_is_sampled_in_a_batch_is_what_a_plain_forward_gives(kind, temperat
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_model_with_another_memory_or_a_soft_cap_is_refused_in_one_sentence(kind):
     with pytest.raises(A.UsageError, match=f"^--model {kind}: .*(soft cap|cannot be sampled).*$"):
-        A.check_model(kind, bare(tiny_model(kind)))
+        A.check_model(kind, bare(random_model(kind)))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
