@@ -1204,6 +1204,8 @@ def test_a_dialogue_goes_on_until_its_check_says_correct(base, problems):
             seen.add((turn.role, turn.ended, turn.verdict))
         assert d.ids == ids and not any(turn.verdict for turn in d.turns[:-1])
         assert d.turns[-1].verdict or len(d.turns) == 5
+        ends = sum(token in base.end_ids for token in ids)  # ours and its own, forced where cut off
+        assert ends == 2 * len(d.turns) - (not d.turns[-1].ended)
         correct, verdicts = [t.correct for t in d.attempts], [t.verdict for t in d.checks]
         assert [t.reward for t in d.turns] == A.dialogue_rewards(correct, verdicts, 1.0)
     kinds = itertools.product(("solve", "revise"), (True, False), (None,))
