@@ -2650,8 +2650,10 @@ class Run:
         if self.metrics:
             print(f"going on after step {len(self.metrics)}")
             model, optimizer = learner.policy.model, learner.optimizer
-            set_model_state_dict(model, self.tensors[0], options=FROM_FIRST)
-            set_optimizer_state_dict(model, optimizer, self.tensors[1], options=FROM_FIRST)
+            several = world()[1] > 1  # then only the first one has read the tensors
+            options = dataclasses.replace(WHOLE, cpu_offload=False, broadcast_from_rank0=several)
+            set_model_state_dict(model, self.tensors[0], options=options)
+            set_optimizer_state_dict(model, optimizer, self.tensors[1], options=options)
             learner.policy.scaler.load_state_dict(state["scaler"])
             self.tensors = {}, {}
         write_rows(self.folder / "metrics.jsonl", self.metrics)
@@ -2820,9 +2822,6 @@ def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None
 WHOLE = StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
 )
-
-
-FROM_FIRST = dataclasses.replace(WHOLE, cpu_offload=False, broadcast_from_rank0=True)
 
 
 def add_adapters(policy: Policy, rank: int, seed: int) -> None:
