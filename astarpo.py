@@ -2480,8 +2480,10 @@ class Run:
     """The folder of a training run: what happens is written there, and read back by --resume."""
 
     def __init__(self, config: Config, resume: bool) -> None:
-        check_options(config, "train")
         self.config, self.resumed, self.folder = config, resume, Path(config.out)
+        if resume and (self.folder / "v_star.jsonl").exists():
+            self.config = dataclasses.replace(config, v_star="")  # it has its own copy
+        check_options(self.config, "train")
         if not resume:
             self.folder = first(lambda: new_folder(config.out))
         self.metrics: list[dict[str, Any]] = []  # of the steps so far
