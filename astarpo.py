@@ -169,12 +169,13 @@ def option(
     on: str = "train",
 ) -> Any:
     """A Config field with its help text, the values that make sense, and the commands it is for."""
-    return field(default=default, metadata={"help": text, "within": within, "choices": choices,
-                                            "on": on.split()})  # fmt: skip
+    about = {"help": text, "within": within, "choices": choices, "on": on.split()}
+    return field(default=default, metadata=about)
 
 
-AT_LEAST_1 = (1, math.inf)
+AT_LEAST_1, POSITIVE = (1, math.inf), (1e-9, math.inf)
 BOTH, ALL = "train eval", "train eval solve"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -190,52 +191,38 @@ class Config:
     batch_size: int = option(64, "stage 2: problems a batch, one dialogue each", AT_LEAST_1)
     lr: float = option(3e-4, "AdamW's learning rate after warm-up", (0, 1))
     beta1: float = option(0.5, "temperature of V* in (5), in units of reward", (1e-6, 1e6))
-    beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", (1e-9, math.inf))
+    beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", POSITIVE)
     num_samples: int = option(8, "stage 1: responses a problem (N)", AT_LEAST_1)
     baseline: str = option("vstar", "what is subtracted from r", choices=("vstar", "mean", "zero"))
     alpha: float = option(1.0, "PAG: weight of the change in a revision's reward")
-    revisions: int = option(
-        1, "PAG: rounds of verify and revise; 0 is A*-PO alone", (0, 10), on=ALL
-    )
+    revisions: int = option(1, "PAG: rounds of verify and revise (0: A*-PO alone)", (0, 10), on=ALL)
     max_new_tokens: int = option(64, "longest response of one turn (tokens)", AT_LEAST_1, on=ALL)
-    temperature: float | None = option(
-        None, "of sampling (default: 1 in training, else 0: greedy)", (0, 100), on=ALL
-    )
+    temperature: float | None = option(None, "default: 1; in eval 0, greedy", (0, 100), on=ALL)
 
     # For real models, other data and long runs:
-    max_prompt_tokens: int = option(
-        128, "longer problems are left out (tokens)", AT_LEAST_1, on=ALL
-    )
+    max_prompt_tokens: int = option(128, "longer problems are left out", AT_LEAST_1, on=ALL)
     train_limit: int = option(256, "use the first so many training problems (0: all)")
-    eval_limit: int = option(
-        500, "evaluate on the first so many held-out problems (0: all)", on=BOTH
-    )
+    eval_limit: int = option(500, "use the first so many held-out problems (0: all)", on=BOTH)
     problem_column: str = option("", "column of the problem's text (default: usual ones)", on=BOTH)
     answer_column: str = option("", "column of the answer or worked solution (likewise)", on=BOTH)
     v_star: str = option("", "begin with this v_star.jsonl of an earlier run")
     drop_unsolved: bool = option(False, "leave out problems that no stage-1 sample solved")
     minibatches: int = option(1, "updates a batch; above 1 is off-policy (paper: 2)", AT_LEAST_1)
     warmup: int = option(3, "steps over which the learning rate rises to --lr")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", (1e-9, math.inf))
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", POSITIVE)
     eval_every: int = option(0, "evaluate every so many steps and keep the best model (0: never)")
     save_every: int = option(10, "keep a state to resume from every so many steps (0: never)")
     log_to: str = option("none", "send the metrics to", choices=("none", "tensorboard", "wandb"))
     samples: int = option(1, "dialogues a problem (K)", AT_LEAST_1, on="eval")
-    top_p: float = option(
-        1.0, "sample from the likeliest tokens, of this share", (1e-6, 1), on="eval"
-    )
+    top_p: float = option(1.0, "share of the likeliest tokens that count", (1e-6, 1), on="eval")
     compare: str = option("", "a second model, or run, on the same problems", on="eval")
-    rollout_tokens: int = option(
-        32768, "sampling: tokens in the key/value cache at a time", AT_LEAST_1, on=BOTH
-    )
-    update_tokens: int = option(512, "update: tokens of one pass, with padding", AT_LEAST_1)
+    rollout_tokens: int = option(32768, "sampling: tokens in one batch", AT_LEAST_1, on=BOTH)
+    update_tokens: int = option(512, "update: tokens in one pass, with padding", AT_LEAST_1)
     gradient_checkpointing: bool = option(False, "compute activations twice, to save memory")
     lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", (0, 4096))
     parallel: str = option("ddp", "how torchrun's processes share", choices=("ddp", "fsdp"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N", on=ALL)
-    dtype: str = option(
-        "auto", "compute in", choices=("auto", "float32", "bfloat16", "float16"), on=ALL
-    )
+    dtype: str = option("auto", "compute in", choices=DTYPES, on=ALL)
     threads: int = option(0, "CPU threads (0: 1 below 10M parameters, else all)", (0, 1024), on=ALL)
 
 
@@ -373,7 +360,8 @@ def verify(text: str | None, gold: str | None) -> bool:
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
-# between two responses the ids of the markers and of our next request: the *bridge*.
+# between two responses the ids of the markers and of our next request: the *bridge*. And a marker
+# that happens to stand in a problem must not end our request: it is split (`without_markers`).
 #
 # The model stays in eval mode for ever, also while it learns: dropout would make log pi differ from
 # log pi_ref before the first update, and (6) is a statement about exactly that difference.
@@ -418,7 +406,8 @@ class Policy:
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The first request, up to where the model's first response begins."""
         if problem not in self.prompts:
-            request = SOLVE_PROMPT.replace("{problem}", problem.problem)
+            words = without_markers(self.tokenizer, problem.problem)
+            request = SOLVE_PROMPT.replace("{problem}", words)
             text = render(self.tokenizer, [{"role": "user", "content": request}])
             self.prompts[problem] = encode(self.tokenizer, text)
         return self.prompts[problem]
@@ -488,7 +477,7 @@ def uniform(*counters: Any) -> np.ndarray:
         h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         h = (h ^ (h >> np.uint64(31))) + np.uint64(0x9E3779B97F4A7C15)
-    return np.squeeze(h >> np.uint64(32)) * 2.0**-32
+    return (h >> np.uint64(32)) * 2.0**-32
 
 
 def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
@@ -509,7 +498,16 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
     return token.clamp(max=p.shape[1] - 1)  # a sick model's nan must not become an index error
 
 
-def read(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+class Cache(DynamicCache):
+    """Under autocast, rotated keys come in float32, though they are multiplied in half precision;
+    kept like that, they and the values beside them would take twice the memory."""
+
+    def update(self, keys: Tensor, values: Tensor, *place: Any, **more: Any) -> Any:
+        """Add those of the next tokens."""
+        return super().update(keys.to(values.dtype), values, *place, **more)
+
+
+def read(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     """Let the model read ids (B, P), the last P columns of mask (B, T): of what it has read so far,
     kept in the cache, and of ids, which are no padding? Logits (B, V) for the next token."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, P)
@@ -521,8 +519,6 @@ def read(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         use_cache=True,
         logits_to_keep=1,  # (B, 1, V): while reading only the last place matters
     ).logits
-    for layer in cache.layers:  # under autocast, rotated keys come in float32: twice the memory
-        layer.keys = layer.keys.to(layer.values.dtype)
     return logits[:, -1].float()
 
 
@@ -538,7 +534,7 @@ def sample(
     tensors = [torch.tensor(text, device=policy.device) for text in texts]
     ids = pad_sequence(tensors, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(t) for t in tensors], True, padding_side="left")
-    cache = DynamicCache(config=policy.model.config)
+    cache = Cache(config=policy.model.config)
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
@@ -587,8 +583,7 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
     0.294
     """
     scaled = rewards.double() / beta1
-    value = beta1 * (scaled.logsumexp(-1) - math.log(rewards.shape[-1]))
-    return value.to(rewards.dtype) if rewards.is_floating_point() else value.float()
+    return (beta1 * (scaled.logsumexp(-1) - math.log(rewards.shape[-1]))).float()
 
 
 # --- 8. The loss: regression on the optimal advantage ---------------------------------------------
@@ -775,23 +770,27 @@ def next_role(dialogue: Dialogue) -> str | None:
     return "solve" if done == 0 else ("revise", "verify")[done % 2]
 
 
-@torch.inference_mode()
-def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
-    """The same next turn in each dialogue: what we say, what the policy writes, what we read off.
-
-    The key/value cache of earlier turns is gone: a turn reads its dialogue again. To keep it for
-    rows that come and go costs more lines than time.
-    """
+def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
+    """Say what comes before the same next turn in each dialogue, if something was said before."""
     role = next_role(dialogues[0])
     if role != "solve":
         request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
         bridges = {ended: policy.bridge_ids(request, ended) for ended in (True, False)}
         for dialogue in dialogues:
             dialogue.ids += bridges[dialogue.turns[-1].ended]
+
+
+@torch.inference_mode()
+def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
+    """The same next turn in each dialogue: what the policy writes, what we read off.
+
+    The key/value cache of earlier turns is gone: a turn reads its dialogue again. To keep it for
+    rows that come and go costs more lines than time.
+    """
+    role = next_role(dialogues[0])
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
     index, number, turn = np.array(counters).T[:, :, None]
     u = uniform(config.seed, step, index, number, turn, np.arange(config.max_new_tokens))
-    u = u.reshape(len(dialogues), -1)  # also if it is one number
     responses = sample(policy, [dialogue.ids for dialogue in dialogues], u, config)
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
@@ -821,6 +820,7 @@ def rollout(
     most, mine = turns or 1 + 2 * config.revisions, deal(dialogues)
     with gathered(policy.model):  # fsdp keeps slices of the weights; here they are wanted whole
         while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
+            ask(policy, going)
             lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in going]
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
                 play_turn(policy, [going[i] for i in batch], config, step)
@@ -961,8 +961,8 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     resume: go on with the unfinished run in config.out. `Run`, in the appendix, is its folder: it
     keeps and prints what happens, and brings it back.
     """
-    config = at_temperature(config, 1.0)
     with Run(config, resume) as run:
+        config = run.config  # with a temperature, if none was given
         policy = load_policy(config)
         problems = load_problems(policy, config, "train")
         held_out = load_problems(policy, config, "test")
@@ -971,13 +971,10 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         deal_out(policy, ref, config)  # fsdp: over the devices
         greedy = dataclasses.replace(config, temperature=0.0)
         measure = functools.partial(evaluate_policy, policy, held_out, greedy)
-        run.first_evaluation(measure)
+        before = measure()
         dialogues = stage_one(ref, problems, config, run)
         v_star = baselines(dialogues, config)
-        run.tell_stage_one(dialogues, v_star)
-        if config.drop_unsolved:
-            solved = {d.problem.index for d in dialogues if d.turns[0].correct}
-            problems = [problem for problem in problems if problem.index in solved]
+        problems = run.after_stage_one(dialogues, v_star)  # all, or with --drop-unsolved fewer
         with policy.active():  # adapters that are off count as frozen
             weights = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
@@ -995,37 +992,31 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 seen = [update(learner, part, config) for part in parts]
             run.tell(dialogues, seen)
             run.check_in(measure)  # now and then: evaluate, keep the best, save a state
-        return run.finish(measure)
+        return run.finish(before, measure)  # save the model, evaluate again, report
 
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
 # Dialogues as in training, but on problems that were never trained on, greedily (temperature 0)
-# unless an option says otherwise. Accuracy is measured twice: acc_t1 of the first attempt, acc_final of the last one. The difference
-# is what checking was worth. A verifier that always says "correct" is right as often as the solver
-# is, so we do not look at its accuracy alone but at the *balanced* one: the mean of how often it is
-# right about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict.
-# A trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
-# turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong
-# (`evaluate_pool`). `summarize` counts, and says how sure the numbers are. (The command `eval` is
-# `evaluate`, in the appendix: it loads, calls this, and writes down.)
+# unless an option says otherwise. Accuracy is measured twice: acc_t1 of the first attempt,
+# acc_final of the last one. The difference is what checking was worth. A verifier that always says
+# "correct" is right as often as the solver is, so we do not look at its accuracy alone but at the
+# *balanced* one: the mean of how often it is right about right attempts and about wrong ones. A
+# coin has 0.5, and so has any constant verdict. A trained policy makes few mistakes, and its own
+# attempts leave little to be judged; so the verify turn is also scored on a fixed pool of the
+# base's attempts, half of them right, half wrong (`evaluate_pool`). `summarize` counts, and says
+# how sure the numbers are; both are in the appendix, like the command `eval`: it loads, calls
+# this, and writes down.
 
 
-def evaluate_policy(
-    policy: Policy, problems: Sequence[Problem], config: Config
-) -> tuple[dict[str, Any], list[Dialogue]]:
-    """Dialogues about held-out problems, K of each unless greedy: (summary, dialogues)."""
+Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
+
+
+def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config) -> Evaluation:
+    """Dialogues about held-out problems, K of each unless greedy."""
     k = config.samples if config.temperature > 0 else 1
     wanted = [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in range(k)]
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
-    summary = {**summarize(dialogues), **evaluate_pool(policy, config)}
-    if k > 1:
-        summary |= voting(dialogues, k)
-    for trait in ("level", "subject"):
-        groups: dict[str, list[Dialogue]] = defaultdict(list)
-        for dialogue in dialogues:
-            groups[str(getattr(dialogue.problem, trait))].append(dialogue)
-        summary[f"by_{trait}"] = {name: summarize(g) for name, g in sorted(groups.items())}
-    return summary, dialogues
+    return {**summarize(dialogues, k), **evaluate_pool(policy, config)}, dialogues
 
 
 # ==================================================================================================
@@ -1126,15 +1117,28 @@ def reason_of(error: BaseException) -> str:
     return str(cause).strip().split("\n")[0][:300] or type(cause).__name__
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and warnings of other libraries between our lines."""
+    before = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        logging.set_verbosity(before[0])
+        hub_logging.set_verbosity(before[1])
+        if before[2]:
+            logging.enable_progress_bar()
+
+
 def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or the hub; a LoRA checkpoint is merged into its base.
 
     Raises UsageError, in one sentence, for whatever is wrong with it.
     """
-    logging.set_verbosity_error()  # no progress bars and warnings of others between our lines
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    hub_logging.set_verbosity_error()
     path = local(name)
     path = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # the folder of a run
     if path.exists():
@@ -1150,26 +1154,31 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         import peft  # outside of the `try`: if it is missing, `main` says so
     options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        if adapted:
-            model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
-            model, missing = model.merge_and_unload(), []
-            model.had_adapters = True
-        else:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), output_loading_info=True, **options
-            )
-            missing = sorted(info["missing_keys"])
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            if adapted:
+                model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
+                model, info = model.merge_and_unload(), {"missing_keys": []}
+                model.had_adapters = True
+            else:
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    str(path), output_loading_info=True, **options
+                )
+        if tokenizer.chat_template is None:
+            print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
+            tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN_TEMPLATE
+        prompt = render(tokenizer, [{"role": "user", "content": "What is 2 + 3?"}])
     except Exception as error:  # transformers, safetensors and the hub each have their own kinds
         where = "cannot be loaded" if path.exists() else "is no folder here, nor on the hub"
         raise UsageError(f"--model {name} {where}: {reason_of(error)}") from error
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise UsageError(f"--model {name}: its weights lack {len(missing)} tensors ({missing[0]}…)")
     if not encode(tokenizer, "1 + 1 = 2"):  # transformers makes an empty one up if there is none
         raise UsageError(f"--model {name}: no tokenizer there")
-    if tokenizer.chat_template is None:
-        print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
-        tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN_TEMPLATE
+    if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):
+        raise UsageError(f"--model {name}: {len(tokenizer)} tokens, but embeddings of {rows} only")
+    if "2 + 3?" not in prompt:
+        raise UsageError(f"--model {name}: its chat template drops what the user says")
     return model.eval(), tokenizer
 
 
@@ -1184,14 +1193,12 @@ def load_policy(config: Config) -> Policy:
     # A tiny model is faster on one core: handing out its small products costs more than they do,
     # and next to a busy process the cores wait for each other (seen: 20 times slower).
     torch.set_num_threads(config.threads or (1 if size < 10 else os.cpu_count() or 1))
-    ends = model.generation_config.eos_token_id
-    ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
-    ends = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
-    policy = Policy(model.to(device), tokenizer, tuple(sorted(ends)), device, dtype, scaler=scaler)
+    ends = turn_ends(model, tokenizer)
+    policy = Policy(model.to(device), tokenizer, ends, device, dtype, scaler=scaler)
     check_model(config.model, policy)
     print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
-    print(f"{torch.get_num_threads()} CPU thread(s)")
+    print(f"{torch.get_num_threads()} CPU thread(s); a turn ends with {tokenizer.decode(ends)}")
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
@@ -1199,6 +1206,29 @@ def load_policy(config: Config) -> Policy:
             raise UsageError(f"--model {config.model} knows no --gradient-checkpointing")
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
+
+
+def markers(tokenizer: Any) -> list[str]:
+    """The special tokens, such as <|end|>, as text."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def without_markers(tokenizer: Any, text: str) -> str:
+    """The text with its markers split: in what people write they are words like any other."""
+    for marker in markers(tokenizer):
+        text = text.replace(marker, marker[0] + " " + marker[1:])
+    return text
+
+
+def turn_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """What ends a response: what model and tokenizer are configured with, and the marker that the
+    chat template writes after an answer (base models are often configured with another one)."""
+    ends = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])}
+    with contextlib.suppress(UsageError):  # without verify turns any template will do
+        after = encode(tokenizer, bridge_text(tokenizer, "Q"))[0]
+        found |= {after} if tokenizer.decode([after]) in markers(tokenizer) else set()
+    return tuple(sorted(found - {None}))
 
 
 def bridge_text(tokenizer: Any, request: str) -> str:
@@ -1210,12 +1240,16 @@ def bridge_text(tokenizer: Any, request: str) -> str:
     question = {"role": "user", "content": "Q"}
     answer = "<think>\nhm\n</think>\n\nA"
     asked = [question, {"role": "assistant", "content": answer}]
-    before = render(tokenizer, [question]) + answer
-    after = render(tokenizer, [*asked, {"role": "user", "content": request}])
+    way_out = "; give the tokenizer another chat_template, or use --revisions 0"
+    try:
+        before = render(tokenizer, [question]) + answer
+        after = render(tokenizer, [*asked, {"role": "user", "content": request}])
+    except Exception as error:  # a template is a program
+        raise UsageError(f"the model's chat template fails: {reason_of(error)}{way_out}") from error
     if not after.startswith(before):
         raise UsageError(
             "this model's chat template rewrites earlier turns, so later turns cannot extend the "
-            "same tokens; give the tokenizer another chat_template, or use --revisions 0"
+            f"same tokens{way_out}"
         )
     return after[len(before) :]
 
@@ -1233,7 +1267,7 @@ def check_model(name: str, policy: Policy) -> None:
     same = [long, short[:6], short[:6]]
     try:
         with policy.active():
-            cache = DynamicCache(config=model.config)
+            cache = Cache(config=model.config)
             read(model, ids, mask, cache)
             cache.batch_select_indices(rows)
             for place in (0, 1):
@@ -1267,26 +1301,34 @@ def weights_hash(model: Any) -> str:
 
 
 def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
-    """The problems of --train-data (split "train") or --eval-data ("test"), less those that are too
-    long: of a file, a folder or a hub data set, and there of the part with that name."""
+    """The problems of --train-data (split "train") or --eval-data ("test"), each once, less those
+    without an answer and those that are too long."""
     check_context(policy, config)
-    training = split == "train"
-    source = config.train_data if training else config.eval_data
-    rows = read_rows(source, split)
-    problems = [to_problem(row, i, place, config) for i, (place, row) in enumerate(rows)]
-    longest = config.max_prompt_tokens
-    kept = [p for p in problems if p.answer.strip()]
-    short = [p for p in kept if len(policy.prompt_ids(p)) <= longest]
-    for left_out, why in (
-        (len(problems) - len(kept), "have an empty answer"),
-        (len(kept) - len(short), f"are longer than --max-prompt-tokens {longest}"),
-    ):
-        if left_out:
-            print(f"{source}: {left_out} of {len(problems)} problems {why} and are left out")
-    if not short:
-        raise UsageError(f"{source} holds no problems" + (" short enough" if kept else ""))
-    taken = short[: (config.train_limit if training else config.eval_limit) or None]
-    print(f"{source}: {len(taken)} of {len(problems)} problems, such as")
+    source, limit = config.eval_data, config.eval_limit
+    if split == "train":
+        source, limit = config.train_data, config.train_limit
+    kept: dict[str, Problem] = {}
+    left_out: Counter[str] = Counter()
+    for index, (place, row) in enumerate(read_rows(source, split)):
+        problem = to_problem(row, index, place, config)
+        if no_answer(problem.answer):
+            left_out["have no answer"] += 1
+        elif problem.problem in kept:
+            left_out["came before"] += 1
+        elif len(policy.prompt_ids(problem)) > config.max_prompt_tokens:
+            left_out[f"are longer than --max-prompt-tokens {config.max_prompt_tokens}"] += 1
+        else:
+            kept[problem.problem] = problem
+    n = len(kept) + left_out.total()
+    for why, count in left_out.items():
+        print(f"{source}: {count} of {n} problems {why} and are left out")
+    if not kept:
+        columns = f" (there are the columns {', '.join(row)})" if n else ""
+        raise UsageError(f"{source} holds no problems that can be used{columns}")
+    taken = [*kept.values()][: limit or None]
+    if strange := [problem.answer for problem in taken if not readable(problem.answer)]:
+        print(f"{source}: {len(strange)} answers can only be met word for word, as", strange[:2])
+    print(f"{source}: {len(taken)} of {n} problems, such as")
     for problem in taken[:2]:
         text = " ".join(problem.problem.split())
         print(f"  {text[:56]}{'...' * (len(text) > 56)} -> {problem.answer[:16]}")
@@ -1297,7 +1339,7 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
     """(place, row) for each line, where the place ("file, line 3") is for error messages. Of a file
     that need not be `whole`, as a kill can leave half a line, the rows up to the first broken one.
     """
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place = f"{path}, line {number}"
@@ -1313,60 +1355,100 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
 
 
 def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a local file or folder or of a hub data set; all but JSONL through `datasets`.
+    """(place, row) of a local file or folder or of a hub data set; all but JSONL by `datasets`.
 
     Of a set with several configurations (MATH has one a subject) all are read, but if one is called
     main or default, as GSM8K has it, that one alone: the others tell the same problems again.
     """
     path = local(source)
-    if path.is_file() and path.suffix not in (".json", ".parquet", ".csv"):
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if path.is_file() and (path.suffix != ".gz" and kind not in ("json", "parquet", "csv")):
         yield from read_jsonl(path)
         return
     if not path.exists() and source.count("/") != 1:  # a hub id is owner/name
         raise UsageError(f"{source}: no such file or folder")
     import datasets
 
+    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told below, once
     try:
         if path.is_file():
-            parts = [datasets.load_dataset(path.suffix[1:], data_files=str(path))]
+            kind = "json" if kind == "jsonl" else kind
+            parts = [datasets.load_dataset(kind, data_files=str(path))]
+        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            parts = [datasets.load_from_disk(str(path))]
         else:
             names = datasets.get_dataset_config_names(str(path))
             names = [name for name in names if name in ("main", "default")][:1] or names
             parts = [datasets.load_dataset(str(path), name) for name in names]
     except Exception as error:  # `datasets` has dozens of kinds; the first line says what it is
-        kind = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
-        raise UsageError(f"{source} {kind}: {reason_of(error)}") from error
+        what = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
+        raise UsageError(f"{source} {what}: {reason_of(error)}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
     for part in parts:
-        found = next((name for name in (split, "train", "test") if name in part), next(iter(part)))
-        for number, row in enumerate(part[found]):
-            yield f"{source}, {found} row {number}", row
+        if isinstance(part, dict):
+            split = next((name for name in (split, "train", "test") if name in part), [*part][0])
+            part = part[split]
+        for number, row in enumerate(part):
+            yield f"{source}, {split} row {number}", row
+
+
+# What others call the columns of MATH's schema.
+COLUMNS = {
+    "problem": ("problem", "question", "prompt"),
+    "answer": ("answer", "final_answer", "reward_model", "solution"),
+}
 
 
 def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
-    """Read a row in MATH's schema or its common variants (question; a box or #### in the solution).
-    Raises UsageError that names the place."""
+    """Read a row in MATH's schema or in one of its common variants: other names, a box or GSM8K's
+    #### in a worked solution, a chat as prompt. No answer is ''. Raises UsageError with the place.
+    """
     if not isinstance(row, dict):
         raise UsageError(f"{place}: not a JSON object")
-    for column in filter(None, (config.problem_column, config.answer_column)):
-        if column not in row:
-            raise UsageError(f"{place}: no column '{column}' (there are {', '.join(row)})")
-    columns = [config.problem_column or "problem", "question", "prompt"]
-    text = next((row[column] for column in columns if column in row), None)
-    solution = row.get("solution") or ""
-    answer = row.get(config.answer_column or "answer")
-    if answer is None or re.search(r"####|\\boxed", str(answer)):
-        solution = str(answer or solution)
-        answer = extract_answer(solution)
-    answer = str(answer) if type(answer) in (int, float) else answer
-    for name, value in (("problem", text), ("answer", answer)):
-        if not isinstance(value, str):
-            raise UsageError(f"{place}: '{name}' is missing or not a text")
-    digits = re.search(r"\d+", str(row.get("level")))
-    subject = row.get("subject", row.get("type")) or ""
+    cells = {name.lower(): value for name, value in row.items()}
+    found = {}
+    for kind, names in COLUMNS.items():
+        if named := getattr(config, f"{kind}_column").lower():
+            names = (named,)
+        there = [name for name in names if cells.get(name) not in (None, "", [])]
+        if not there and (named not in ("", *cells) or kind == "problem"):
+            raise UsageError(
+                f"{place}: no column '{named or kind}' with a text (there are {', '.join(row)}); "
+                f"--{kind}-column names another"
+            )
+        found[kind] = text_of(cells[there[0]]) if there else ""
+        if found[kind] is None:
+            raise UsageError(
+                f"{place}: '{there[0]}' is a {type(cells[there[0]]).__name__}, no text"
+            )
+    answer, solution = found["answer"], text_of(cells.get("solution")) or ""
+    if re.search(r"####|\\boxed", answer) or answer == solution:
+        solution, answer = answer, extract_answer(answer) or ""
+    if listed := re.fullmatch(r"\[\s*(['\"])([^'\"]*)\1\s*\]", answer):  # "['5']"
+        answer = listed[2]
+    if not readable(answer) and readable(single := answer.replace("\\\\", "\\")):
+        answer = single
+    digits = re.search(r"\d+", str(cells.get("level")))
+    subject = cells.get("subject", cells.get("type")) or ""
     level = int(digits[0]) if digits else None
-    return Problem(index, text, answer, str(solution), level, str(subject))
+    return Problem(index, found["problem"], answer, solution, level, str(subject))
+
+
+def text_of(cell: Any) -> str | None:
+    """The text in a cell: of a number, of the only element of a list, of a chat's last message by
+    the user, of verl's {"ground_truth": ...}; None for what is none of these."""
+    if isinstance(cell, list) and cell and all(isinstance(part, dict) for part in cell):
+        cell = next((m.get("content") for m in cell[::-1] if m.get("role") == "user"), None)
+    if isinstance(cell, dict):
+        cell = cell.get("ground_truth")
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    return str(cell) if type(cell) in (int, float, str) else None
 
 
 def check_context(policy: Policy, config: Config) -> None:
@@ -1383,58 +1465,41 @@ def check_context(policy: Policy, config: Config) -> None:
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is whole or not there at all (in the first process only)."""
-    if is_first():
-        with whole_or_not(path) as file:
-            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 @contextlib.contextmanager
 def whole_or_not(path: Path, mode: str = "w") -> Iterator[Any]:
     """A file to write that takes its place, on the disk, only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
+        raise RunError(f"{path} cannot be written ({error})") from error
     partial.replace(path)
 
 
-def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Write a JSONL file, whole or not at all (in the first process only)."""
+def write_rows(
+    path: Path, rows: Iterable[Any], append: bool = False, indent: int | None = None
+) -> None:
+    """Write a JSON or JSONL file, whole or not at all, or append to it (in the first process)."""
     if is_first():
-        with whole_or_not(path) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def append_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Add lines to a JSONL file, and see them on the disk (in the first process only)."""
-    if is_first():
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("a", encoding="utf-8") if append else whole_or_not(path) as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, indent=indent) + "\n")
 
 
 def to_row(dialogue: Dialogue) -> dict[str, Any]:
-    """A dialogue as a line of v_star.jsonl or eval_results.jsonl: problem, ids, turns."""
-    row = {**dataclasses.asdict(dialogue.problem), "correct": dialogue.attempts[-1].correct}
-    turns = [dataclasses.asdict(turn) for turn in dialogue.turns]
-    return row | {"sample": dialogue.sample, "ids": dialogue.ids, "turns": turns}
+    """A dialogue as a line of v_star.jsonl or eval_results.jsonl."""
+    parts = {"problem": vars(dialogue.problem), "turns": [vars(turn) for turn in dialogue.turns]}
+    return vars(dialogue) | parts
 
 
-def read_dialogues(rows: Iterable[dict[str, Any]]) -> list[Dialogue]:
-    """The dialogues of such lines, and not of a head line without turns."""
-    names = [item.name for item in dataclasses.fields(Problem)]
-    return [
-        Dialogue(
-            Problem(**{name: row[name] for name in names}),
-            row["ids"], row["sample"], [Turn(**turn) for turn in row["turns"]],
-        )
-        for row in rows if "turns" in row
-    ]  # fmt: skip
+def to_dialogue(row: dict[str, Any]) -> Dialogue:
+    """The dialogue of such a line."""
+    turns = [Turn(**turn) for turn in row["turns"]]
+    return Dialogue(Problem(**row["problem"]), row["ids"], row["sample"], turns)
 
 
 def save_model(policy: Policy, folder: Path) -> None:
@@ -1446,8 +1511,9 @@ def save_model(policy: Policy, folder: Path) -> None:
         return
     partial = folder.with_name(folder.name + ".partial")
     try:
-        policy.model.save_pretrained(partial, state_dict=weights)
-        policy.tokenizer.save_pretrained(partial)
+        with quiet():
+            policy.model.save_pretrained(partial, state_dict=weights)
+            policy.tokenizer.save_pretrained(partial)
         for file in partial.iterdir():
             with file.open("r+b") as there:  # on the disk before the name is
                 os.fsync(there.fileno())
@@ -1546,6 +1612,14 @@ def last_box(text: str) -> str:
             else:  # \boxed 5 has no braces: take the next word
                 content = re.match(r"[^\s$]*", text[start:])[0].rstrip(".,;")
     return content.strip()
+
+
+def no_answer(gold: str) -> bool:
+    return not gold.strip()
+
+
+def readable(gold: str) -> bool:
+    return True
 
 
 def normalize_answer(answer: str | None) -> str:
@@ -2084,9 +2158,7 @@ def report_stage_one(
     explain(statistics(dialogues) | {"never": never, "always": always}, config, told)
 
 
-def report_training(
-    summary: dict[str, Any], base: Sequence[Dialogue], trained: Sequence[Dialogue]
-) -> None:
+def report_training(summary: dict[str, Any], base: list[Dialogue], new: list[Dialogue]) -> None:
     """The table of before and after, and the first problem that the base got wrong."""
     before, after = summary["before"] | {"kl": 0.0}, summary["after"] | {"kl": summary["kl"]}
     print(f"\n{before['n']} held-out problems, greedy{'before':>19}{'after':>9}")
@@ -2098,17 +2170,14 @@ def report_training(
         ("mean_response_tokens", "response length (tokens a turn)"),
         ("kl", "KL to the reference (nats a turn)"),
     ):
-        old, new = (
-            show(numbers[name], 1 if "tokens" in name else 3) for numbers in (before, after)
-        )
-        print(f"  {title:<42}{old:>8} {new:>8}")
+        digits = 1 if name == "mean_response_tokens" else 3
+        print(f"  {title:<42}{show(before[name], digits):>8} {show(after[name], digits):>8}")
     print(f"  revisions after training: {after['fixed']} mended, {after['broken']} broken")
-    wrong = next((i for i, d in enumerate(base) if not d.attempts[-1].correct), None)
-    if wrong is not None:
+    for old, now in [pair for pair in zip(base, new) if not pair[0].attempts[-1].correct][:1]:
         print("\nThe first held-out problem that the base got wrong, before training:")
-        print_dialogue(base[wrong])
+        print_dialogue(old)
         print("and after:")
-        print_dialogue(trained[wrong])
+        print_dialogue(now)
 
 
 def report_evaluation(summary: dict[str, Any]) -> None:
@@ -2140,7 +2209,8 @@ def print_dialogue(dialogue: Dialogue) -> None:
         speeches.append((turn.role, turn.text.strip() + " [cut off]" * (not turn.ended)))
     for speaker, text in speeches:
         for line in text.splitlines() or [""]:
-            print(textwrap.fill(f"  {speaker:<8} {line}", 79, subsequent_indent=" " * 11))
+            indent = {"initial_indent": f"  {speaker:<8} ", "subsequent_indent": " " * 11}
+            print(textwrap.fill(line, 79, **indent))
             speaker = ""
     if gold := dialogue.problem.answer:
         verdict = "right" if dialogue.attempts[-1].correct else f"wrong, it is {gold}"
@@ -2166,8 +2236,7 @@ def mean(values: Iterable[float]) -> float | None:
 def confusion(dialogues: Sequence[Dialogue], name: str) -> dict[str, float | None]:
     """What the checks say of the attempts, and how it is; a missing verdict is a miss. Precision:
     the share of right ones among the attempts that were called correct."""
-    pairs = [pair for d in dialogues for pair in zip(d.checks, d.attempts)]
-    judged = [(check.verdict, attempt.correct) for check, attempt in pairs]
+    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
     right = mean(verdict is True for verdict, correct in judged if correct)
     wrong = mean(verdict is False for verdict, correct in judged if not correct)
     return {
@@ -2182,7 +2251,6 @@ def confusion(dialogues: Sequence[Dialogue], name: str) -> dict[str, float | Non
 def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
     """What there is to say about some dialogues; a training batch and an evaluation share it."""
     turns = [turn for d in dialogues for turn in d.turns]
-    attempts = [turn for d in dialogues for turn in d.attempts]
     revised = [pair for d in dialogues for pair in itertools.pairwise(d.attempts)]
     firsts = Counter(d.attempts[0].text for d in dialogues)
     by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
@@ -2197,7 +2265,7 @@ def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
         **{f"reward_{role}": mean(t.reward for t in made) for role, made in by_role.items()},
         "response_tokens": mean(turn.end - turn.start for turn in turns),
         **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
-        "no_answer_rate": mean(turn.answer is None for turn in attempts),
+        "no_answer_rate": mean(turn.answer is None for d in dialogues for turn in d.attempts),
         "truncated_rate": mean(not turn.ended for turn in turns),
         "same_text_rate": max(firsts.values()) / len(dialogues),  # 1: all alike
     }
@@ -2211,14 +2279,25 @@ def scores(dialogues: Sequence[Dialogue]) -> np.ndarray:
     return right.reshape(n, -1, 2).mean(axis=1)
 
 
-def summarize(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+def accuracies(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     """`statistics` as a report has it: with n, the number of problems, and with intervals."""
     solved = scores(dialogues)
-    summary: dict[str, Any] = {"n": len(solved), **statistics(dialogues)}
-    summary["mean_response_tokens"] = summary.pop("response_tokens")
+    numbers: dict[str, Any] = {"n": len(solved), **statistics(dialogues)}
+    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
     for name, values in zip(ENDS, solved.T):
         counted = np.isin(values, (0, 1)).all()  # one dialogue a problem, or all of them agree
-        summary[f"{name}_ci"] = wilson(values.sum(), len(values)) if counted else bootstrap(values)
+        numbers[f"{name}_ci"] = wilson(values.sum(), len(values)) if counted else bootstrap(values)
+    return numbers
+
+
+def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
+    """What an evaluation with k dialogues a problem says: of all, by level and by subject."""
+    summary = accuracies(dialogues) | (voting(dialogues, k) if k > 1 else {})
+    for trait in ("level", "subject"):
+        groups = defaultdict(list)
+        for dialogue in dialogues:
+            groups[str(getattr(dialogue.problem, trait))].append(dialogue)
+        summary[f"by_{trait}"] = {name: accuracies(g) for name, g in sorted(groups.items())}
     return summary
 
 
@@ -2243,11 +2322,11 @@ def compare(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, 
     how often a fair coin would split these problems at least as unevenly."""
     found = {}
     for name, gain in zip(ENDS, (scores(first) - scores(second)).T):
-        better, worse = int((gain > 0).sum()), int((gain < 0).sum())
+        better, worse = np.sum(gain > 0).item(), np.sum(gain < 0).item()
         n, fewer = better + worse, min(better, worse)
         p = min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)
-        found[name] = {"difference": gain.mean().item(), "ci": bootstrap(gain)}
-        found[name] |= {"better": better, "worse": worse, "p": p}
+        split = {"better": better, "worse": worse, "p": p}
+        found[name] = {"difference": gain.mean().item(), "ci": bootstrap(gain), **split}
     return found
 
 
@@ -2289,7 +2368,7 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         text, correct = row.get("attempt"), row.get("correct")
         if not (isinstance(text, str) and isinstance(correct, bool)):
             raise UsageError(f"{place}: 'attempt' (a text) or 'correct' (true or false) is missing")
-        prompt = [*policy.prompt_ids(problem)]
+        prompt = policy.prompt_ids(problem)
         ids = prompt + encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
         attempts.append(Dialogue(problem, ids, turns=[turn]))
@@ -2298,9 +2377,8 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
 
 # --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
 
-
+Metrics = list[dict[str, Any]]  # the lines of metrics.jsonl
 # Okabe and Ito's colours: people with any kind of colour vision can tell them apart.
-
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 STYLES = ("-", "--", ":", "-.")  # a group of runs has its own
 PANELS = (  # title, y axis, its limits, (metric, name, colour)...
@@ -2318,9 +2396,6 @@ PANELS = (  # title, y axis, its limits, (metric, name, colour)...
 )  # fmt: skip
 
 
-Metrics = list[dict[str, Any]]  # the lines of metrics.jsonl
-
-
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[str, list[float]]]:
     """The metrics of each group of runs, and V^* of their problems by level. Runs that differ in
     the seed alone are a group, whose name says what makes it unlike the others."""
@@ -2328,7 +2403,7 @@ def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[s
     for folder in folders:
         config = read_config(folder / "config.json")
         runs.append((vars(config), [line for _, line in read_jsonl(folder / "metrics.jsonl")]))
-        dialogues = read_dialogues(row for _, row in read_jsonl(folder / "v_star.jsonl"))
+        dialogues = [to_dialogue(row) for row in read_stage_one(folder / "v_star.jsonl")]
         values = baselines(dialogues, config)
         for problem in {dialogue.problem for dialogue in dialogues}:
             v_star[str(problem.level)].append(values[problem.index, "solve"])
@@ -2341,22 +2416,19 @@ def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[s
     return groups, dict(sorted(v_star.items()))
 
 
-def draw_curves(
-    axis: Any, groups: Iterable[list[Metrics]], metric: str, label: str, colour: str
-) -> None:
+def draw_curves(axis: Any, groups: Iterable[Any], metric: str, label: str, colour: str) -> None:
     """A metric of each group of runs: raw points, the smoothed mean, the band of its seeds."""
     import pandas
 
     for style, runs in zip(itertools.cycle(STYLES), groups):
-        values = [[line.get(metric) for line in metrics] for metrics in runs]
-        raw = pandas.DataFrame(values, dtype=float).T  # (steps, runs); nan where there is none
+        values = [pandas.Series([m.get(metric) for m in metrics], dtype=float) for metrics in runs]
+        raw = pandas.concat(values, axis=1)  # (steps, runs); nan where there is none
         raw.index += 1
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
-        axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)
-        if len(runs) > 1:
-            band = (smooth.min(axis=1), smooth.max(axis=1))
-            axis.fill_between(raw.index, *band, color=colour, alpha=0.2, lw=0)
+        low, middle, high = (smooth.agg(name, axis=1) for name in ("min", "mean", "max"))
+        axis.plot(middle, style, color=colour, lw=2.5, label=label)
+        axis.fill_between(raw.index, low, high, color=colour, alpha=0.2, lw=0)
         label = "_"  # the colours are explained once
 
 
@@ -2385,11 +2457,10 @@ def plot(folders: Sequence[Path], out: Path) -> None:
             axis.legend(**above, ncols=2, handlelength=1, columnspacing=1)
         if len(groups) > 1:
             styles = zip(itertools.cycle(STYLES), groups)
-            lines = [axes[0].plot([], [], style, color="k", label=name) for style, name in styles]
-            figure.legend(handles=itertools.chain(*lines), loc="outside lower center")
+            lines = [axes[0].plot([], [], style, color="k")[0] for style, _ in styles]
+            figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
         shades = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.1, len(v_star)))
-        tenths = np.linspace(0, 1, 11)
-        axes[5].hist([*v_star.values()], tenths, stacked=True, color=shades, label=[*v_star])
+        axes[5].hist([*v_star.values()], range=(0, 1), stacked=True, color=shades, label=[*v_star])
         axes[5].set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
         axes[5].legend(title="level")
         figure.savefig(out)
@@ -2411,18 +2482,17 @@ SYMPTOMS: list[tuple[Callable[[dict[str, float]], bool], str]] = [
     (lambda f: f["truncated_rate"] > 0.5, """{truncated_rate:.0%} of the responses were cut off at
         --max-new-tokens {max_new_tokens}, mostly before an answer could come: raise it."""),
     (lambda f: f["no_answer_rate"] > 0.5, """{no_answer_rate:.0%} of the attempts hold no answer
-        that can be extracted, so they earn nothing. Read some ('solve'); if the model does not
-        write \\boxed{{}}, take one that follows instructions."""),
+        that can be extracted. Read some ('solve'); if the model does not write \\boxed{{}}, take
+        one that follows instructions."""),
     (lambda f: f["never"] > 0.9, """{never:.0%} of the problems were not solved once in
-        {num_samples} samples (V* = 0): no reward, hardly anything to learn from. Take easier
-        problems, a stronger --model, or more --num-samples."""),
+        {num_samples} samples (V* = 0): hardly anything to learn from. Take easier problems, a
+        stronger --model, or more --num-samples."""),
     (lambda f: f["always"] > 0.9, """{always:.0%} of the problems were solved by each of
         {num_samples} samples (V* = 1): nothing is left to learn. Take harder problems."""),
     (lambda f: f["skipped"] > 0, """The loss or its gradient is not finite (step {step:.0f}).
         Such updates are left out; if they go on, lower --lr or use --dtype float32."""),
     (lambda f: f["kl"] > f["response_tokens"], """KL to the reference is {kl:.0f} nats a turn of
-        {response_tokens:.0f} tokens: more than one a token, the policy is running away. Lower
-        --lr or raise --beta2."""),
+        {response_tokens:.0f} tokens: the policy is running away. Lower --lr or raise --beta2."""),
     (lambda f: abs(f["verifier_recall_right"] - f["verifier_recall_wrong"]) > 0.95, """The verifier
         says one thing only: it recognises {verifier_recall_right:.0%} of the right attempts and
         {verifier_recall_wrong:.0%} of the wrong ones. It needs both kinds to judge (problems that
@@ -2438,10 +2508,10 @@ SYMPTOMS: list[tuple[Callable[[dict[str, float]], bool], str]] = [
 
 def explain(facts: dict[str, Any], config: Config, told: set[str]) -> None:
     """Print the sentence of each symptom that the facts show, unless it was `told` before."""
-    facts = dataclasses.asdict(config) | facts
-    known = defaultdict(lambda: math.nan, {k: v for k, v in facts.items() if v is not None})
-    for shown, sentence in SYMPTOMS:
-        if sentence not in told and shown(known):
+    known = defaultdict(lambda: math.nan, vars(config))
+    known |= {name: value for name, value in facts.items() if value is not None}
+    for applies, sentence in SYMPTOMS:
+        if sentence not in told and applies(known):
             told.add(sentence)
             text = "! " + " ".join(sentence.format_map(known).split())
             tqdm.write(textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False))
@@ -2462,10 +2532,8 @@ def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
         facts = recent(history) | facts | {"best": max(means), "best_step": WINDOW + means.argmax()}
     explain(facts, config, told)
     if [metrics["skipped"] for metrics in history[-WINDOW:]] == [1.0] * WINDOW:
-        raise RunError(
-            f"no finite loss and gradient in {WINDOW} steps running, so the run stops with its "
-            "last good model: lower --lr, or use --dtype float32"
-        )
+        stop = "so the run stops with its last good model: lower --lr, or use --dtype float32"
+        raise RunError(f"no finite loss and gradient in {WINDOW} steps running, {stop}")
 
 
 # --- G. Runs that survive -------------------------------------------------------------------------
@@ -2480,30 +2548,27 @@ class Run:
     """The folder of a training run: what happens is written there, and read back by --resume."""
 
     def __init__(self, config: Config, resume: bool) -> None:
-        self.config, self.resumed, self.folder = config, resume, Path(config.out)
-        if resume and (self.folder / "v_star.jsonl").exists():
-            self.config = dataclasses.replace(config, v_star="")  # it has its own copy
+        if resume and Path(config.out, "v_star.jsonl").exists():
+            config = dataclasses.replace(config, v_star="")  # it has its own copy
+        self.config, self.resumed = at_temperature(config, 1.0), resume
         check_options(self.config, "train")
-        if not resume:
-            self.folder = first(lambda: new_folder(config.out))
+        self.folder = Path(config.out) if resume else first(lambda: new_folder(config.out))
         self.metrics: list[dict[str, Any]] = []  # of the steps so far
         self.evaluations: list[dict[str, Any]] = []  # of --eval-every
         self.seconds: dict[str, float] = {}
         self.told: set[str] = set()  # the complaints so far: each comes once
         self.learner: Learner | None = None
-        self.tensors: tuple[Any, Any] = {}, {}  # of a state: model and optimizer, until restored
-        self.before: tuple[dict[str, Any], list[Dialogue]] = ({}, [])
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: object) -> None:
         """After Ctrl-C or an error, keep the model as it is (one of several processes cannot)."""
+        saved = ""
         if kind and self.learner and world()[1] == 1:
             save_model(self.learner.policy, self.folder / "checkpoint")
+            saved = f"; {self.folder}/checkpoint is the model as it is now"
         if kind is KeyboardInterrupt:
-            kept = self.learner and world()[1] == 1
-            saved = f"; {self.folder}/checkpoint is the model as it is now" * bool(kept)
             raise RunError(f"stopped; go on with 'train --resume {self.folder}'{saved}") from None
 
     def begin(self, policy: Policy, problems: list[Problem]) -> None:
@@ -2522,50 +2587,46 @@ class Run:
             versions |= {"transformers": transformers.__version__, "numpy": np.__version__}
             # What "auto" has become here, so that a run that goes on computes in the same way.
             found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
-            options = dataclasses.asdict(self.config) | found
-            write_json(path, {**options, "versions": versions, "weights": weights})
-        elif read_json(path).get("weights") != weights:
+            found |= {"versions": versions, "weights": weights}
+            write_rows(path, [dataclasses.asdict(self.config) | found], indent=2)
+        elif json.loads(path.read_text(encoding="utf-8")).get("weights") != weights:
             model = self.config.model
             raise UsageError(f"--resume: {model} holds other weights than when {path} was written")
         self.lock = held(path)  # until we return, or are killed
         if given and not self.stage_one.exists():
-            read_stage_one(Path(given), self.mark)
-            write_rows(self.stage_one, (row for _, row in read_jsonl(Path(given), whole=False)))
-
-    def first_evaluation(self, measure: Callable[[], Any]) -> None:
-        """The evaluation before training; a run that goes on has it in before.json."""
-        path = self.folder / "before.json"
-        known = first(lambda: read_json(path) if path.exists() else None)
-        self.before = (known, []) if known else measure()
-        if not known:
-            write_json(path, self.before[0])
+            write_rows(self.stage_one, [self.mark, *read_stage_one(Path(given), self.mark)])
 
     def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
         """Those of the wanted dialogues that have been played, in whole parts (a part is played
         together, and rounding depends on the company)."""
         rows = first(lambda: read_stage_one(self.stage_one, self.mark))
         if len(rows) < len(wanted):
-            rows = rows[: len(rows) // (PART * world()[1]) * PART * world()[1]]
-        write_rows(self.stage_one, [{"fingerprint": self.mark}, *rows])
-        done = read_dialogues(rows[: len(wanted)])
+            size = PART * world()[1]
+            rows = rows[: len(rows) // size * size]
+        write_rows(self.stage_one, [self.mark, *rows])
+        done = [to_dialogue(row) for row in rows]
         for dialogue in done:
             dialogue.pay(self.config.alpha)
         return done
 
     def keep(self, dialogues: Sequence[Dialogue]) -> None:
         """Keep a part of stage 1."""
-        append_rows(self.stage_one, map(to_row, dialogues))
+        write_rows(self.stage_one, map(to_row, dialogues), append=True)
 
-    def tell_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> None:
-        """Say what stage 1 found."""
+    def after_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> list[Problem]:
+        """Say what stage 1 found. Returns the problems to train on."""
         report_stage_one(dialogues, v_star, self.config, self.told)
-        if self.config.drop_unsolved and not any(d.turns[0].correct for d in dialogues):
+        solved = [
+            d.problem for d in dialogues if d.turns[0].correct or not self.config.drop_unsolved
+        ]
+        if not solved:
             raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
+        return list(dict.fromkeys(solved))
 
     def steps(self, learner: Learner) -> Iterator[int]:
         """The steps that are still to be done; the learner is brought back to where they begin."""
-        self.restore(learner)
         self.learner = learner
+        self.restore(learner.policy, learner.optimizer)
         with progress("stage 2", self.config.steps, len(self.metrics)) as self.bar:
             yield from range(len(self.metrics), self.config.steps)
 
@@ -2577,55 +2638,48 @@ class Run:
         self.seconds[f"seconds_{what}"] = time.perf_counter() - started
 
     def tell(self, dialogues: Sequence[Dialogue], updates: Sequence[dict[str, float]]) -> None:
-        """A step's line of metrics.jsonl: means over its updates, its dialogues, its costs."""
+        """A step's line of metrics.jsonl: means over its updates, its dialogues, its costs. It
+        moves the bar; where there is no terminal, a line is printed now and then."""
+        step, steps = len(self.metrics) + 1, self.config.steps
         seen = {name: mean(update[name] for update in updates) for name in updates[0]}
         sampled = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
         metrics = {
-            "step": len(self.metrics) + 1,
+            "step": step,
             **{name: value if math.isfinite(value) else None for name, value in seen.items()},
             **statistics(dialogues),
-            "tokens_per_second": sampled / sum(self.seconds.values()),
             **self.seconds,
+            "tokens_per_second": sampled / sum(self.seconds.values()),
             "peak_memory_mib": peak_memory(),
         }
         self.metrics.append(metrics)
-        append_rows(self.folder / "metrics.jsonl", [metrics])
-        self.show(metrics)
+        write_rows(self.folder / "metrics.jsonl", [metrics], append=True)
+        numbers = " ".join(f"{name} {show(metrics[key], 2)}" for key, name in SHOWN.items())
+        self.bar.set_postfix_str(numbers + " ", refresh=False)
+        self.bar.update()
+        if self.bar.disable and step * 10 // steps > (step - 1) * 10 // steps:
+            print(f"stage 2 {step}/{steps}  {numbers}", flush=True)
         self.send(metrics)
         diagnose(self.metrics, self.config, self.told)
 
-    def show(self, metrics: dict[str, Any]) -> None:
-        """Move the bar; where there is no terminal, print a line now and then."""
-        numbers = " ".join(f"{name} {show(metrics[key], 2)}" for key, name in SHOWN.items())
-        self.bar.set_postfix_str(numbers + " ", refresh=False)
-        self.bar.update(1)
-        step, steps = metrics["step"], self.config.steps
-        if self.bar.disable and step * 10 // steps > (step - 1) * 10 // steps:
-            print(f"stage 2 {step}/{steps}  {numbers}", flush=True)
-
-    def check_in(self, measure: Callable[[], Any]) -> None:
+    def check_in(self, measure: Callable[[], Evaluation]) -> None:
         """--eval-every: a line of eval.jsonl, and in best/ the model of the best acc_final so far.
         --save-every: a state to go on from."""
         step = len(self.metrics)
-        if self.due(self.config.eval_every):
+        due = [n > 0 and step % n == 0 for n in (self.config.eval_every, self.config.save_every)]
+        if due[0]:
             summary = {"step": step, **measure()[0]}
             shown = "after step {step}: acc_t1 {acc_t1:.3f}, acc_final {acc_final:.3f}"
             tqdm.write(shown.format(**summary))
-            if all(summary["acc_final"] > seen["acc_final"] for seen in self.evaluations):
+            if all(summary["acc_final"] > earlier["acc_final"] for earlier in self.evaluations):
                 save_model(self.learner.policy, self.folder / "best")
             self.evaluations.append(summary)
-            append_rows(self.folder / "eval.jsonl", [summary])
+            write_rows(self.folder / "eval.jsonl", [summary], append=True)
             self.send({"step": step} | {f"eval/{name}": summary[name] for name in summary})
-        if self.due(self.config.save_every) or step == self.config.steps:
-            self.save()
+        if due[1] or step == self.config.steps:
+            self.save(self.learner.policy, self.learner.optimizer)
 
-    def due(self, every: int) -> bool:
-        """Is something that happens every so many steps (0: never) to happen now?"""
-        return every > 0 and len(self.metrics) % every == 0
-
-    def save(self) -> None:
-        """Write state.pt."""
-        policy, optimizer = self.learner.policy, self.learner.optimizer
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """Write state.pt: all that --resume needs, in one file."""
         learned = {name for name, p in policy.model.named_parameters() if p.requires_grad}
         weights = get_model_state_dict(policy.model, options=WHOLE)
         state = {
@@ -2636,59 +2690,45 @@ class Run:
             "evaluations": self.evaluations,
         }
         if is_first():
+            with whole_or_not(self.folder / "state.pt", "wb") as file:
+                torch.save(state, file)
+
+    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """Go back to the state, if there is one: what was written after it is done again."""
+        path, state = self.folder / "state.pt", {"model": {}, "optimizer": {}}
+
+        def read() -> tuple[list, list, dict]:
+            if not path.exists():
+                return [], [], {}
             try:
-                with whole_or_not(self.folder / "state.pt", "wb") as file:
-                    torch.save(state, file)
-            except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
-                raise RunError(
-                    f"state.pt cannot be saved ({error}); go on with --resume"
+                state.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+                return state["metrics"], state["evaluations"], state["scaler"]
+            except Exception as error:
+                raise UsageError(
+                    f"{path} is damaged or of another version ({reason_of(error)}): remove it, and "
+                    "--resume begins stage 2 again"
                 ) from error
 
-    def restore(self, learner: Learner) -> None:
-        """Bring learner, metrics and evaluations back to the state, if there is one: what was
-        written after it is done again."""
-        state = first(self.open_state)
-        self.metrics, self.evaluations = state["metrics"], state["evaluations"]
+        self.metrics, self.evaluations, scaler = first(read)
         if self.metrics:
             print(f"going on after step {len(self.metrics)}")
-            model, optimizer = learner.policy.model, learner.optimizer
-            several = world()[1] > 1  # then only the first one has read the tensors
-            options = dataclasses.replace(WHOLE, cpu_offload=False, broadcast_from_rank0=several)
-            set_model_state_dict(model, self.tensors[0], options=options)
-            set_optimizer_state_dict(model, optimizer, self.tensors[1], options=options)
-            learner.policy.scaler.load_state_dict(state["scaler"])
-            self.tensors = {}, {}
+            options = WHOLE if world()[1] == 1 else FROM_FIRST
+            set_model_state_dict(policy.model, state["model"], options=options)
+            set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=options)
+            policy.scaler.load_state_dict(scaler)
         write_rows(self.folder / "metrics.jsonl", self.metrics)
-        if self.evaluations or (self.folder / "eval.jsonl").exists():
+        if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)
 
-    def open_state(self) -> dict[str, Any]:
-        """What state.pt says but for its tensors. Raises UsageError for a damaged one."""
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return {"metrics": [], "evaluations": []}
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            self.tensors = state.pop("model"), state.pop("optimizer")
-            return {name: state[name] for name in ("metrics", "evaluations", "scaler")}
-        except Exception as error:
-            raise UsageError(
-                f"{path} is damaged or of another version ({reason_of(error)}): remove it, and "
-                "--resume begins stage 2 again"
-            ) from error
-
-    def finish(self, measure: Callable[[], Any]) -> dict[str, Any]:
+    def finish(self, before: Evaluation, measure: Callable[[], Evaluation]) -> dict[str, Any]:
         """Save the model, evaluate it, report. Returns the summary."""
         save_model(self.learner.policy, self.folder / "checkpoint")
         after, dialogues = measure()
-        summary = {
-            "before": self.before[0],
-            "after": after,
-            "kl": recent(self.metrics).get("kl") or 0.0,
-        }
+        kl = recent(self.metrics).get("kl") or 0.0
+        summary = {"before": before[0], "after": after, "kl": kl}
         write_rows(self.folder / "eval_results.jsonl", map(to_row, dialogues))
-        write_json(self.folder / "summary.json", summary)
-        report_training(summary, self.before[1], dialogues)
+        write_rows(self.folder / "summary.json", [summary], indent=2)
+        report_training(summary, before[1], dialogues)
         if is_first():
             draw(self.folder)
         print(f"\nwritten to {self.folder}: checkpoint/, metrics.jsonl, summary.json, ...")
@@ -2722,15 +2762,14 @@ def unfinished_run(path: str) -> Config:
     return dataclasses.replace(read_config(found[-1] / "config.json"), out=str(found[-1]))
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def read_config(path: Path) -> Config:
     """The options in a run's config.json. Raises UsageError."""
     try:
-        values = {k: v for k, v in read_json(path).items() if k not in ("versions", "weights")}
+        values = {
+            k: v
+            for k, v in json.loads(path.read_text(encoding="utf-8")).items()
+            if k not in ("versions", "weights")
+        }
         config = Config(**values)
         for item in dataclasses.fields(config):
             value, kind = getattr(config, item.name), KINDS[item.type]
@@ -2759,25 +2798,27 @@ def held(path: Path) -> TextIO:
     return file
 
 
-def fingerprint(weights: str, policy: Policy, problems: list[Problem], config: Config) -> str:
+def fingerprint(
+    weights: str, policy: Policy, problems: list[Problem], config: Config
+) -> dict[str, str]:
     """What stage 1's samples depend on (but for the seed: any sample of the reference will do)."""
     sampling = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
     texts = [(p.index, p.problem, p.answer) for p in problems]
     requests = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT, policy.tokenizer.chat_template)
     version = 3  # of v_star.jsonl
     everything = json.dumps([version, weights, sampling, texts, requests])
-    return hashlib.sha256(everything.encode()).hexdigest()[:16]
+    return {"fingerprint": hashlib.sha256(everything.encode()).hexdigest()[:16]}
 
 
-def read_stage_one(path: Path, mark: str) -> list[dict[str, Any]]:
-    """The dialogues in a v_star.jsonl, whose first line tells what they were made from."""
-    rows = [row for _, row in read_jsonl(path, whole=False)] if path.exists() else []
-    if rows and rows[0] != {"fingerprint": mark}:
+def read_stage_one(path: Path, mark: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """The lines of a v_star.jsonl; the first tells what they were made from. Raises UsageError."""
+    lines = [row for _, row in read_jsonl(path, whole=False)] if path.exists() else []
+    if mark and lines and lines[0] != mark:
         raise UsageError(
             f"{path} was made with other weights, problems, sampling options or by another "
             "version; leave --v-star out to run stage 1 again"
         )
-    return rows[1:]
+    return lines[1:]
 
 
 def peak_memory() -> float:
@@ -3061,7 +3102,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         _, theirs = evaluate_policy(other, problems, config)
         summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
     write_rows(folder / "eval_results.jsonl", map(to_row, dialogues))
-    write_json(folder / "eval_summary.json", {"model": config.model, **summary})
+    write_rows(folder / "eval_summary.json", [{"model": config.model, **summary}], indent=2)
     report_evaluation(summary)
     print(f"written to {folder}: eval_results.jsonl, eval_summary.json")
     return summary

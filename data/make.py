@@ -448,12 +448,20 @@ def make_attempts(folder: Path, seed: int, wanted: int = 600) -> None:
     """The base tries each held-out problem once. Write the first `wanted` right attempts, and as
     many wrong ones, that came to an end."""
     test = str(folder / "test.jsonl")
-    config = astarpo.Config(model=str(folder / "base"), eval_data=test, revisions=0, seed=seed)
+    config = astarpo.Config(
+        model=str(folder / "base"),
+        eval_data=test,
+        eval_limit=0,
+        revisions=0,
+        seed=seed,
+        temperature=1,
+    )
     policy = astarpo.load_policy(config)
-    problems = astarpo.load_problems(test, 0, policy, config)
+    problems = astarpo.load_problems(policy, config, "test")
+    tries = [astarpo.Dialogue(problem, [*policy.prompt_ids(problem)]) for problem in problems]
     left = {True: wanted, False: wanted}
     with (folder / "attempts.jsonl").open("w", encoding="utf-8") as file:
-        for dialogue in astarpo.rollout(policy, problems, config, 0):
+        for dialogue in astarpo.rollout(policy, tries, config, 0):
             turn, problem = dialogue.attempts[0], dialogue.problem
             if turn.ended and left[turn.correct] > 0:
                 left[turn.correct] -= 1
