@@ -2867,6 +2867,9 @@ WHOLE = StateDictOptions(
 )
 
 
+FROM_FIRST = dataclasses.replace(WHOLE, cpu_offload=False, broadcast_from_rank0=True)
+
+
 def add_adapters(policy: Policy, rank: int, seed: int) -> None:
     """LoRA beside every linear layer but the head: only these float32 matrices learn."""
     from peft import LoraConfig
