@@ -2004,6 +2004,8 @@ def forked(work: Callable[[], object]) -> int:
         try:
             work()
             os._exit(0)
+        except SystemExit as stop:
+            os._exit(stop.code)
         except BaseException:  # noqa: BLE001 - whatever it was, the child must not go on as pytest
             traceback.print_exc()
             os._exit(1)
@@ -2015,249 +2017,287 @@ def status_of(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def in_child(work: Callable[[], object]) -> int:
-    return status_of(forked(work))
-
-
-def short_run(folder: Path) -> A.Config:
+def short_run(folder: Path, **changes: object) -> A.Config:
     """A run with everything in it: stage 1 in parts, states, evaluations on the way."""
-    return quick(
-        out=str(folder), steps=5, batch_size=4, num_samples=2, train_limit=6, eval_limit=6,
-        max_new_tokens=10, save_every=2, eval_every=2, lr=1e-3,
-    )  # fmt: skip
+    small = {"steps": 5, "batch_size": 4, "train_limit": 6, "eval_limit": 6, "max_new_tokens": 10}
+    often = {"save_every": 2, "eval_every": 2, "lr": 1e-3}
+    return quick(**{**small, **often, "out": str(folder), **changes})
 
 
-def start_or_go_on(folder: Path) -> None:
+def start_or_go_on(folder: Path, **changes: object) -> None:
     """In a child: the short run, from its beginning or from where it was killed."""
-    A.STAGE_ONE_PART = 4
+    A.PART, sys.modules["matplotlib"] = 4, None
     if A.is_unfinished(folder):
         assert A.main(["train", "--resume", str(folder)]) == 0
     else:
-        A.train(short_run(folder))
+        assert A.main(["train", *as_arguments(short_run(folder, **changes))]) == 0
 
 
-def killed_at(folder: Path, moment: int) -> Callable[[], None]:
+def when_touched(folder: str, act: Callable[[str], object]) -> None:
+    """From now on, act on every change that this process makes to files below a folder."""
+
+    def watch(event: str, arguments: tuple) -> None:
+        writes = event == "open" and arguments[1] not in ("r", "rb", None)
+        writes |= event in ("os.rename", "os.mkdir", "os.remove", "shutil.rmtree")
+        if writes and str(arguments[0]).startswith(folder):
+            act(str(arguments[0]))
+
+    sys.addaudithook(watch)
+
+
+def killed_at(folder: Path, moment: int, **changes: object) -> Callable[[], None]:
     """A run that kills itself when it touches its folder for the `moment`-th time."""
+    touched = itertools.count(1)
+
+    def count(_: str) -> None:
+        if next(touched) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def work() -> None:
-        touched = itertools.count(1)
-
-        def watch(event: str, arguments: tuple) -> None:
-            writes = event == "open" and arguments[1] not in ("r", "rb", None)
-            writes |= event in ("os.rename", "os.mkdir", "os.remove", "shutil.rmtree")
-            if writes and str(folder) in str(arguments[0]) and next(touched) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
-        start_or_go_on(folder)
+        when_touched(str(folder), count)
+        start_or_go_on(folder, **changes)
 
     return work
 
 
+COSTS = ("tokens_per_second", "seconds_sampling", "seconds_updating", "peak_memory_mib")
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """A run's metrics, without what it cost."""
+    rows = read_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in COSTS} for row in rows]
+
+
 def left_by(folder: Path) -> dict[str, Any]:
-    """What a run has produced, without its speed."""
-    metrics = read_lines(folder / "metrics.jsonl")
-    for row in metrics:
-        row.pop("tokens_per_second")
-    names = ["v_star.jsonl", "eval.jsonl", "summary.json", "eval_results.jsonl"]
-    weights = {name: folder / name / "model.safetensors" for name in ("checkpoint", "best")}
-    found = {name: (folder / name).read_bytes() for name in names}
-    return found | {k: v.read_bytes() for k, v in weights.items()} | {"metrics": metrics}
-
-
-def test_stage_one_goes_on_after_its_last_whole_part(base, problems, tmp_path):
-    journal, dialogues = tmp_path / "stage-1.jsonl", A.rollout(base, problems[:7], quick(), 0)
-    A.append_journal(journal, dialogues)
-    again = A.read_journal(journal, problems[:7], part=4)  # complete: the last part is short
-    assert [(d.ids, d.turns) for d in again] == [(d.ids, d.turns) for d in dialogues]
-    journal.write_text(journal.read_text()[:-9])
-    assert len(A.read_journal(journal, problems[:7], part=4)) == 4
-    assert len(A.intact_rows(journal)) == 4
+    """What a run has produced, without what it cost."""
+    rows = ("v_star.jsonl", "eval.jsonl", "summary.json", "eval_results.jsonl")
+    weights = ("checkpoint/model.safetensors", "best/model.safetensors")
+    found = {name: (folder / name).read_bytes() for name in rows + weights}
+    return found | {
+        "metrics": metrics_of(folder),
+        "files": sorted(f.name for f in folder.iterdir()),
+    }
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict[str, Any]:
-    """What the short run leaves when nobody kills it."""
+def undisturbed(tmp_path_factory) -> tuple[dict[str, Any], int]:
+    """What the short run leaves when nobody kills it, and how often it touches its folder."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert in_child(lambda: start_or_go_on(folder)) == 0
-    return left_by(folder)
+    log = folder.with_name("touched")
+
+    def work() -> None:
+        with log.open("a") as file:
+            when_touched(str(folder), lambda path: print(path, file=file, flush=True))
+            start_or_go_on(folder)
+
+    assert status_of(forked(work)) == 0
+    return left_by(folder), len(log.read_text().splitlines())
 
 
 SOAK = int(os.environ.get("ASTARPO_SOAK", "0"))  # how many times to kill at random
 
 
-@pytest.mark.parametrize("moment", range(3, 62) if SOAK else (8, 36))
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment, undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    assert in_child(killed_at(folder, moment)) in (-signal.SIGKILL, 0)
-    if not A.is_unfinished(folder):
-        pytest.skip("the run ended before")
-    in_child(killed_at(folder, 5))  # again, while it is being resumed
-    if A.is_unfinished(folder):
-        assert in_child(lambda: start_or_go_on(folder)) == 0
-    assert left_by(folder) == undisturbed
-    assert not list(folder.glob("*.partial")) and not (folder / "stage-1.jsonl").exists()
-    assert [state.name for state in A.states(folder)][-2:] == ["state-4.pt", "state-5.pt"]
+def test_a_run_that_is_killed_and_killed_again_ends_as_if_nothing_had_happened(
+    undisturbed, tmp_path
+):
+    expected, touches = undisturbed
+    for moment in range(1, touches + 1) if SOAK else (8, touches // 2, touches - 6):
+        folder = tmp_path / str(moment)
+        assert status_of(forked(killed_at(folder, moment))) == -signal.SIGKILL, moment
+        for later in (5, 0):  # again, while it goes on; then in peace (if it has not ended yet)
+            if not (folder / "summary.json").exists():
+                assert status_of(forked(killed_at(folder, later))) in (-signal.SIGKILL, 0), moment
+        assert left_by(folder) == expected, moment
 
 
 @pytest.mark.skipif(not SOAK, reason="set ASTARPO_SOAK to the number of kills")
-def test_any_number_of_kills_at_any_time(undisturbed, tmp_path):
+def test_any_number_of_kills_at_any_time_change_nothing(undisturbed, tmp_path):
     folder, rng = tmp_path / "run", random.Random(0)
     for kill in itertools.count():
-        if not A.is_unfinished(folder):
-            if (folder / "summary.json").exists():
-                break
-            shutil.rmtree(folder, ignore_errors=True)  # there was nothing to keep yet
         child = forked(lambda: start_or_go_on(folder))
         time.sleep(rng.uniform(0, 2) if kill < SOAK else 60)
         os.kill(child, signal.SIGKILL)
         status_of(child)
-    assert left_by(folder) == undisturbed
+        if (folder / "summary.json").exists():
+            break
+    assert left_by(folder) == undisturbed[0]
 
 
-def unfinished(finished: Path, folder: Path) -> Path:
-    """A finished run made unfinished: only its summary is gone."""
-    shutil.copytree(finished, folder)
-    (folder / "summary.json").unlink()
+def unfinished(run: Path, folder: Path, *lost: str) -> Path:
+    """A finished run made unfinished: its summary is gone, and what else is lost."""
+    shutil.copytree(run, folder)
+    for name in ("summary.json", *lost):
+        (folder / name).unlink()
     return folder
 
 
+def result(folder: Path) -> tuple[Any, bytes, bytes]:
+    weights = (folder / "checkpoint" / "model.safetensors").read_bytes()
+    return metrics_of(folder), weights, (folder / "v_star.jsonl").read_bytes()
+
+
+def test_a_killed_stage_one_goes_on_after_its_last_whole_part(finished, tmp_path, monkeypatch):
+    folder = unfinished(finished, tmp_path / "run", "state.pt")
+    head, *rows = (folder / "v_star.jsonl").read_text().splitlines()
+    marked = [json.dumps({**json.loads(row), "subject": "kept"}) for row in rows]
+    (folder / "v_star.jsonl").write_text("\n".join([head, *marked[:7], marked[7][:-9]]))
+    monkeypatch.setattr(A, "PART", 3)
+    assert A.main(["train", "--resume", str(folder)]) == 0
+    again = (folder / "v_star.jsonl").read_text().splitlines()
+    assert [*map(json.loads, again)] == [*map(json.loads, [head, *marked[:6], *rows[6:]])]
+    assert result(folder)[:2] == result(finished)[:2]
+
+
+def cut_off(path: Path) -> None:
+    """What a full disk, or a kill, leaves of the last line."""
+    os.truncate(path, path.stat().st_size - 9)
+
+
+def half_a_line(path: Path) -> None:
+    with path.open("a") as file:
+        file.write('{"step": 3, "lo')
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda run: cut_off(run / "v_star.jsonl"), "v_star.jsonl, line 17: cut off"),
+        (lambda run: (run / "v_star.jsonl").unlink(), "going on after step 2"),
+        (lambda run: (run / "state.pt").unlink(), "V* of 8 problems"),
+        (lambda run: cut_off(run / "metrics.jsonl"), "going on after step 2"),
+        (lambda run: half_a_line(run / "metrics.jsonl"), "going on after step 2"),
+        (lambda run: half_a_line(run / "state.pt.partial"), "going on after step 2"),
+    ],
+)
+def test_what_a_kill_leaves_half_done_is_done_again(damage, said, finished, tmp_path, capsys):
+    folder = unfinished(finished, tmp_path / "run")
+    damage(folder)
+    assert A.main(["train", "--resume", str(folder)]) == 0
+    assert said in capsys.readouterr().out
+    assert result(folder) == result(finished)
+
+
+def of_another_version(state: Path) -> None:
+    old = torch.load(state, weights_only=True)
+    old.pop("evaluations")
+    torch.save(old, state)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: os.truncate(state, 0),
+        lambda state: os.truncate(state, 999),
+        lambda state: os.truncate(state, 2_000_000),
+        lambda state: state.write_bytes(b"\0" * 5000),
+        lambda state: torch.save({1: 2}, state),
+        of_another_version,
+    ],
+)
+def test_a_damaged_state_is_one_sentence_and_without_it_stage_two_begins_again(
+    damage, finished, tmp_path, capsys
+):
+    folder = unfinished(finished, tmp_path / "run")
+    damage(folder / "state.pt")
+    before = result(folder)
+    error = refused(capsys, "train", "--resume", folder)
+    assert "state.pt is damaged or of another version" in error and "remove it" in error
+    assert result(folder) == before
+
+
 def test_a_state_holds_what_learns_once(finished):
-    saved = torch.load(A.states(finished)[-1], weights_only=True)["model"]
+    saved = torch.load(finished / "state.pt", weights_only=True)["model"]
     model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
     learned = dict(model.named_parameters())  # without lm_head.weight, which is embed_tokens.weight
     assert saved.keys() == learned.keys()
     assert all(torch.equal(saved[name], learned[name]) for name in saved)
 
 
-@pytest.mark.parametrize(
-    "damage, said",
-    [
-        (lambda run: os.truncate(run / "state-2.pt", 999), "state-2.pt is of no use"),
-        (lambda run: os.truncate(run / "state-2.pt", 2_000_000), "state-2.pt is of no use"),
-        (lambda run: os.truncate(run / "state-2.pt", 0), "state-2.pt is of no use"),
-        (
-            lambda run: torch.save({1: 2}, run / "state-2.pt"),
-            "state-2.pt is of no use (not a state",
-        ),
-        (
-            lambda run: shutil.copy(run / "state-2.pt", run / "state-2-old.pt"),
-            "going on after step",
-        ),
-        (lambda run: os.truncate(run / "metrics.jsonl", 1200), "metrics.jsonl, line 2: cut off"),
-        (lambda run: half_a_line(run / "metrics.jsonl"), "metrics.jsonl, line 3: cut off"),
-        (lambda run: half_a_line(run / "eval.jsonl"), "eval.jsonl, line 1: cut off"),
-    ],
-)
-def test_a_damaged_state_is_named_and_the_one_before_is_used(
-    damage, said, finished, tmp_path, capsys
-):
-    folder = unfinished(finished, tmp_path / "run")
-    damage(folder)
-    assert A.main(["train", "--resume", str(folder)]) == 0
-    assert said in capsys.readouterr().out
-    assert left(folder) == left(finished)
-    assert not (folder / "eval.jsonl").exists() or not (folder / "eval.jsonl").read_text()
-
-
-def half_a_line(path: Path) -> None:
-    """What a full disk leaves."""
-    with path.open("a") as file:
-        file.write('{"step": 3, "lo')
-
-
-def left(folder: Path) -> tuple[Any, bytes]:
-    metrics = [{**row, "tokens_per_second": 0} for row in read_lines(folder / "metrics.jsonl")]
-    return metrics, (folder / "checkpoint" / "model.safetensors").read_bytes()
-
-
-def test_resume_without_a_name_takes_the_newest_unfinished_run(
+def test_resume_takes_the_newest_unfinished_run_and_anew_only_what_changes_the_cost(
     finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    unfinished(finished, tmp_path / "runs" / "one")
-    assert A.main(["train", "--out", "runs/one"]) == 2
-    assert "train --resume runs/one" in capsys.readouterr().err
-    assert A.main(["train", "--resume"]) == 0
-    assert (tmp_path / "runs" / "one" / "summary.json").exists()
-    assert "stage 1" not in capsys.readouterr().out
-    for arguments, complaint in (
-        (["--resume"], "is finished"),
-        (["--resume", "nowhere"], "holds no unfinished run"),
-        (["--resume", "runs/one", "--lr", "0.1"], "leave the others out"),
-    ):
-        assert A.main(["train", *arguments]) == 2
-        assert complaint in capsys.readouterr().err
-
-
-def test_a_run_that_is_still_going_on_is_not_resumed(finished, tmp_path, capsys):
-    folder = unfinished(finished, tmp_path / "run")
-    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    with A.held(folder):
-        assert A.main(["train", "--resume", str(folder)]) == 2
-        assert "still going on" in capsys.readouterr().err
-    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def test_a_folder_in_which_a_run_was_killed_at_once_can_be_used(tmp_path):
-    (tmp_path / ".probe").touch()
-    assert A.new_folder(str(tmp_path)) == tmp_path
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(A.UsageError, match="holds files already"):
-        A.new_folder(str(tmp_path))
+    unfinished(finished, tmp_path / "runs" / "one", "state.pt")
+    assert "train --resume runs/one" in refused(capsys, "train", "--out", "runs/one")
+    for others in ("--lr 0.1", "--out x", "--steps 9", "--seed 5", "--preset pag", "--config x"):
+        assert "leave the others out" in refused(capsys, "train", "--resume", *others.split())
+    anew = "--rollout-tokens 999 --update-tokens 99 --gradient-checkpointing --device cpu"
+    config = chosen("train --resume runs/one " + anew)
+    assert (config.rollout_tokens, config.update_tokens, config.device) == (999, 99, "cpu")
+    assert config.gradient_checkpointing and config.seed == 5
+    assert A.main(["train", "--resume", *anew.split()]) == 0
+    for ours, theirs in zip(metrics_of(Path("runs/one")), metrics_of(finished), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert "is finished" in refused(capsys, "train", "--resume")
+    assert "is finished" in refused(capsys, "train", "--resume", "runs/one")
+    assert "holds no unfinished run" in refused(capsys, "train", "--resume", "nowhere")
+    assert "is not the config.json of a run" in refused(capsys, "train", "--resume", DATA / "base")
 
 
 def test_a_run_does_not_go_on_from_other_weights(finished, tmp_path, capsys):
     folder = unfinished(finished, tmp_path / "run")
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**about, "weights": "0123456789abcdef"}))
-    assert A.main(["train", "--resume", str(folder)]) == 2
-    assert "other weights" in capsys.readouterr().err
+    assert "other weights" in refused(capsys, "train", "--resume", folder)
 
 
-def test_a_run_that_goes_on_has_its_own_copy_of_a_given_stage_one(finished, tmp_path):
+def test_a_run_goes_on_with_its_stage_one_on_another_day_than_its_chat_template_told(tmp_path):
+    model = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%f') }}" + template.read_text())  # another each time
+    A.train(quick(model=str(model), revisions=0, max_new_tokens=8, out=str(tmp_path / "run")))
+    folder = unfinished(tmp_path / "run", tmp_path / "again", "state.pt")
+    assert A.main(["train", "--resume", str(folder)]) == 0
+    assert result(folder)[2] == result(tmp_path / "run")[2]
+
+
+def test_a_run_has_its_own_copy_of_a_given_stage_one(finished, tmp_path):
     given = Path(shutil.copy(finished / "v_star.jsonl", tmp_path / "given.jsonl"))
     A.train(quick(out=str(tmp_path / "run"), seed=5, max_new_tokens=32, v_star=str(given)))
-    folder = unfinished(tmp_path / "run", tmp_path / "again")
     given.unlink()
+    folder = unfinished(tmp_path / "run", tmp_path / "again", "state.pt")
     assert A.main(["train", "--resume", str(folder)]) == 0
-    assert left(folder) == left(tmp_path / "run")
+    assert result(folder) == result(tmp_path / "run") == result(finished)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["no json", "[]", "[1]", "5", "null", '{"steps": "40"}', '{"steps": 4.5}', '{"lr": null}',
-     '{"gradient_checkpointing": "no"}', '{"learning_rate": 1}', "\0"],
-)  # fmt: skip
-def test_a_config_file_that_is_none_is_one_sentence(text, tmp_path, capsys):
-    file = tmp_path / "config.json"
-    file.write_text(text)
-    for arguments in (["--config", str(file)], ["--resume", str(tmp_path)]):
-        assert A.main(["train", *arguments]) == 2
-        error = capsys.readouterr().err.strip()
-        assert "is not the config.json of a run" in error and len(error.splitlines()) == 1
+def too_small(moment: str) -> torch.utils.hooks.RemovableHandle:
+    """A device whose memory ends when the model is loaded, samples or is updated."""
+    sampling, updating = torch.is_inference_mode_enabled, torch.is_grad_enabled
+    now = {"loading": lambda: True, "sampling": sampling, "updating": updating}[moment]
+
+    def card(*_: object) -> None:
+        if now():
+            raise torch.OutOfMemoryError("more than this card has")
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(card)
 
 
-def test_a_model_folder_is_no_run_to_go_on_with(capsys):
-    assert A.main(["train", "--resume", str(DATA / "base")]) == 2
-    assert "is not the config.json of a run" in capsys.readouterr().err
+@pytest.mark.parametrize("moment", ["loading", "sampling", "updating"])
+def test_out_of_memory_is_one_sentence_with_the_remedies_and_the_run_goes_on(
+    moment, finished, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    hook = too_small(moment)
+    try:
+        config = quick(out=str(folder), seed=5, max_new_tokens=32)
+        assert A.main(["train", *as_arguments(config)]) == 1
+    finally:
+        hook.remove()
+    error = capsys.readouterr().err.strip()
+    assert "out of memory" in error and len(error.splitlines()) == 1
+    for remedy in ("rollout-tokens", "update-tokens", "gradient-checkpointing", "resume"):
+        assert f"--{remedy}" in error
+    assert folder.exists() == (moment != "loading")
+    if moment == "updating":
+        assert A.main(["train", "--resume", str(folder)]) == 0
+        assert result(folder) == result(finished)
 
 
-def test_given_options_count_before_a_config_file_and_that_before_a_preset(finished):
-    def chosen(*arguments: str) -> A.Config:
-        return A.chosen_config(A.parse(arguments))
-
-    file = ("--config", str(finished / "config.json"))
-    assert chosen("train") == A.Config()
-    assert chosen("train", "--preset", "a-po").batch_size == 256
-    assert chosen("train", "--preset", "a-po", *file).batch_size == 8
-    assert chosen("train", "--preset", "a-po", *file, "--batch-size", "3").batch_size == 3
-    assert chosen("train", *file).seed == 5 and chosen("train", *file).out == ""
-    pag = chosen("eval", "--preset", "pag")
-    assert (pag.temperature, pag.top_p, pag.samples, pag.max_new_tokens) == (0.6, 0.95, 8, 1024)
-    assert pag.model == "" and chosen("eval").temperature == 0
-    for preset in A.PRESETS.values():
-        A.check_options(A.Config(**preset), training=True)
+def as_arguments(config: A.Config) -> list[str]:
+    """The options of a Config that are not the defaults, for the command line."""
+    changed = {k: v for k, v in vars(config).items() if v != getattr(A.Config(), k)}
+    return [text for k, v in changed.items() for text in ("--" + k.replace("_", "-"), str(v))]
 
 
 # --- Large models, several devices ----------------------------------------------------------------
@@ -2265,7 +2305,7 @@ def test_given_options_count_before_a_config_file_and_that_before_a_preset(finis
 
 def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, problems, tmp_path):
     pytest.importorskip("peft")  # an optional package
-    config = quick(lora=4, lr=1e-2, out=str(tmp_path / "run"), max_new_tokens=24)
+    config = quick(lora=4, lr=1e-2, out=str(tmp_path / "run"), max_new_tokens=24, temperature=1.0)
     A.train(config)
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert metrics[0]["kl"] == 0 and metrics[1]["kl"] != 0
@@ -2275,8 +2315,8 @@ def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, probl
     names = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     assert names and all("lora" in name for name in names)
     plain.model.load_adapter(str(tmp_path / "run" / "checkpoint"))
-    dialogues = A.rollout(base, problems[:3], config, 1)
-    batch = A.collate(dialogues, dict.fromkeys(keys(dialogues), 0.5), base.device)
+    dialogues = play(base, problems[:3], config)
+    batch = A.collate(dialogues, flat(dialogues), base.device)
     inputs = (batch.ids, batch.scored)
     with torch.no_grad():
         untouched = A.token_logps(base, *inputs)
@@ -2288,127 +2328,75 @@ def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, probl
     with pytest.raises(A.UsageError, match="start from its base"):
         A.load_policy(quick(model=str(tmp_path / "run"), lora=4))
 
+    adapter = tmp_path / "run" / "checkpoint" / "adapter_model.safetensors"
+    expected = metrics_of(tmp_path / "run"), adapter.read_bytes()
+    adapter.unlink()
+    (tmp_path / "run" / "summary.json").unlink()
+    assert A.main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert (metrics_of(tmp_path / "run"), adapter.read_bytes()) == expected
 
-def keys(dialogues: Sequence[A.Dialogue]) -> list[tuple[int, str]]:
-    return [(d.problem.index, role) for d in dialogues for role in A.ROLES]
+
+def flat(dialogues: Sequence[A.Dialogue]) -> A.Baselines:
+    """The same baseline for everything."""
+    return {(d.problem.index, role): 0.5 for d in dialogues for role in A.ROLES}
 
 
-def gradient(policy: A.Policy, dialogues: list[A.Dialogue], config: A.Config) -> Tensor:
-    v_star = dict.fromkeys(keys(dialogues), 0.5)
-    A.accumulate(policy, A.freeze(policy), dialogues, v_star, config)
-    return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+def stepped(
+    policy: A.Policy, dialogues: Sequence[A.Dialogue], config: A.Config, ref: A.Policy | None = None
+) -> dict[str, float]:
+    """Take one step of plain gradient descent: what was seen."""
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
+    learner = A.Learner(policy, ref or A.freeze(policy), flat(dialogues), optimizer)
+    return A.update(learner, dialogues, config)
+
+
+def weights_of(policy: A.Policy) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in policy.model.parameters()])
 
 
 def test_recomputed_activations_give_the_same_gradient(base, problems):
-    config = A.Config(max_new_tokens=24)
-    dialogues = A.rollout(base, problems[:4], config, 1)
-    kept = gradient(copy_of(base), dialogues, config)
+    config = A.Config(max_new_tokens=24, temperature=1.0)
+    dialogues, kept = play(base, problems[:4], config), copy_of(base)
     policy = A.load_policy(A.Config(gradient_checkpointing=True, threads=1))
-    calls = []
+    assert play(policy, problems[:4], config)[0].ids == dialogues[0].ids
+    ref, calls = A.freeze(policy), []
     policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    assert torch.allclose(gradient(policy, dialogues, config), kept, atol=1e-7)
-    assert (
-        len(calls) == 3
-    )  # the policy's pass, its repetition, and the copied hook of the reference
-    assert A.rollout(policy, problems[:4], config, 1)[0].ids == dialogues[0].ids
+    stepped(kept, dialogues, config), stepped(policy, dialogues, config, ref)
+    assert torch.allclose(weights_of(policy), weights_of(kept), atol=1e-6)
+    assert not torch.allclose(weights_of(policy), weights_of(base), atol=1e-6)
+    batches = [*A.token_batches([len(d.ids) for d in dialogues], config.update_tokens)]
+    assert len(calls) == 2 * len(batches)  # each pass, and its repetition
 
 
 def test_in_float16_a_gradient_that_overflows_is_skipped_and_the_scale_halved(base, problems):
-    config = A.Config(dtype="float16", max_new_tokens=16, threads=1)
+    config = A.Config(dtype="float16", max_new_tokens=16, threads=1, temperature=1.0)
     policy = A.load_policy(config)
-    dialogues = A.rollout(policy, problems[:2], config, 1)
-    v_star = dict.fromkeys(keys(dialogues), 0.5)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3, fused=True)
-    before = policy.model.lm_head.weight.clone()
-    seen = A.update(policy, A.freeze(policy), optimizer, dialogues, v_star, config)
-    assert not seen["skipped"] and not torch.equal(before, policy.model.lm_head.weight)
+    dialogues, before = play(policy, problems[:2], config), weights_of(policy)
+    seen = stepped(policy, dialogues, config)
+    assert not seen["skipped"] and not torch.equal(before, weights_of(policy))
     assert seen["grad_norm"] < 1  # that of the loss itself, not of the scaled one
-    scale, before = policy.scaler.get_scale(), policy.model.lm_head.weight.clone()
+    scale, before = policy.scaler.get_scale(), weights_of(policy)
     policy.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
-    seen = A.update(policy, A.freeze(policy), optimizer, dialogues, v_star, config)
+    seen = stepped(policy, dialogues, config)
     assert seen["skipped"] and policy.scaler.get_scale() == scale / 2
-    assert torch.equal(before, policy.model.lm_head.weight)
+    assert torch.equal(before, weights_of(policy))
 
 
-def test_out_of_memory_the_micro_batches_are_halved_and_the_step_is_repeated(
-    base, problems, capsys
+def test_in_bfloat16_the_weights_that_learn_stay_float32_and_the_first_log_ratio_is_zero(
+    base, problems
 ):
-    config = A.Config(max_new_tokens=16)
-    dialogues = A.rollout(base, problems[:8], config, 1)
-    expected = gradient(copy_of(base), dialogues, config)
-
-    passes = itertools.count(1)
-
-    def small_card(_: object, args: tuple, kwargs: dict) -> None:
-        if kwargs["input_ids"].numel() > 150 or next(passes) == 2:  # the first left a gradient
-            raise torch.OutOfMemoryError("more than this card has")
-
-    policy, v_star = copy_of(base), dict.fromkeys(keys(dialogues), 0.5)
-    policy.model.model.register_forward_pre_hook(small_card, with_kwargs=True)
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
-    before = torch.cat([p.detach().clone().flatten() for p in policy.model.parameters()])
-    A.update(policy, base, optimizer, dialogues, v_star, config)
-    moved = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
-    assert torch.allclose(before - moved, expected, atol=1e-5)
-    assert config.update_tokens <= 150 and "out of memory" in capsys.readouterr().out
-    policy.model.model.register_forward_pre_hook(
-        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no card at all"))
-    )
-    with pytest.raises(A.RunError, match="--gradient-checkpointing"):
-        A.update(policy, base, optimizer, dialogues, v_star, config)
+    config = A.Config(dtype="bfloat16", max_new_tokens=16, threads=1, temperature=1.0)
+    policy = A.load_policy(config)
+    dialogues, before = play(policy, problems[:4], config), weights_of(policy)
+    seen = stepped(policy, dialogues, config)
+    assert seen["kl"] == 0 and before.dtype == torch.float32
+    alone = copy_of(base)
+    stepped(alone, dialogues, config)
+    moved, expected = weights_of(policy) - before, weights_of(alone) - before
+    assert torch.cosine_similarity(moved, expected, dim=0) > 0.99
 
 
-def test_out_of_memory_while_sampling_fewer_dialogues_are_played_at_a_time(base, problems, capsys):
-    config = A.Config(max_new_tokens=16, max_prompt_tokens=32, revisions=0)
-    expected = A.rollout(base, problems[:8], config, 1)
-    progress, late = A.Progress("rollout", 100), []
-
-    def small_card(_: object, args: tuple, kwargs: dict) -> None:
-        if progress.done and not late:  # once more, when some have been played
-            late.append(progress.done)
-            raise torch.OutOfMemoryError("fragmented")
-        if kwargs["input_ids"].numel() > 60:
-            raise torch.OutOfMemoryError("more than this card has")
-
-    policy = copy_of(base)
-    policy.model.model.register_forward_pre_hook(small_card, with_kwargs=True)
-    again = A.rollout(policy, problems[:8], config, 1, progress=progress)
-    assert [(d.ids, d.turns) for d in again] == [(d.ids, d.turns) for d in expected]
-    assert progress.done == 8 and late
-    assert config.rollout_tokens < 2000 and "--rollout-tokens" in capsys.readouterr().out
-    policy.model.model.register_forward_pre_hook(
-        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no card at all"))
-    )
-    with pytest.raises(A.RunError, match="--rollout-tokens 48: try shorter responses"):
-        A.rollout(policy, problems[:8], config, 1)
-
-
-def test_out_of_memory_among_several_processes_ends_the_run(base, problems, monkeypatch):
-    def no_card(*_: object) -> None:
-        raise torch.OutOfMemoryError("no card at all")
-
-    config, dialogues = A.Config(max_new_tokens=16), A.rollout(base, problems[:4], A.Config(), 1)
-    monkeypatch.setattr(A, "accumulate", no_card)
-    monkeypatch.setattr(A, "world", lambda: (0, 2))  # the other one would go on with larger passes
-    with pytest.raises(A.RunError, match="--update-tokens 512: try --gradient-checkpointing"):
-        A.update(base, base, None, dialogues, {}, config)
-
-
-def test_out_of_memory_in_the_pool_the_attempts_are_judged_from_the_start(base):
-    config = A.Config(eval_limit=12, max_new_tokens=16)
-    expected, policy, passes = A.evaluate_pool(base, config), copy_of(base), itertools.count(1)
-
-    def small_card(_: object, args: tuple, kwargs: dict) -> None:
-        if kwargs["input_ids"].shape[1] > 1 and next(passes) == 2:
-            raise torch.OutOfMemoryError("fragmented")
-
-    policy.model.model.register_forward_pre_hook(small_card, with_kwargs=True)
-    config = dataclasses.replace(config, rollout_tokens=240)
-    assert A.evaluate_pool(policy, config) == expected
-    assert config.rollout_tokens == 120
-
-
-def two_processes(work: Callable[[], object]) -> list[int]:
+def together(work: Callable[[], object]) -> list[int]:
     """Run `work` in two forked processes that know of each other; their exit statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -2417,7 +2405,6 @@ def two_processes(work: Callable[[], object]) -> list[int]:
     def process(rank: str) -> None:
         os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        A.join_processes("cpu")
         work()
 
     return [*map(status_of, [forked(lambda rank=rank: process(rank)) for rank in "01"])]
@@ -2425,85 +2412,115 @@ def two_processes(work: Callable[[], object]) -> list[int]:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path):
-    config = A.Config(parallel=parallel, max_new_tokens=24, update_tokens=200)
+    config = A.Config(parallel=parallel, max_new_tokens=24, update_tokens=200, temperature=1.0)
     some = problems[:5]  # three for the one, two for the other
-    alone = A.rollout(base, some, config, 1)
-    pool = A.evaluate_pool(base, A.Config(eval_limit=7))
-    v_star = dict.fromkeys(keys(alone), 0.5)
-    policy = copy_of(base)
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
-    expected = A.update(policy, base, optimizer, alone, v_star, config)
-    first = A.update(policy, base, optimizer, alone[:1], v_star, config)
+    dialogues, policy = play(base, some, config), copy_of(base)
+    greedy = A.Config(eval_limit=7, temperature=0.0)
+    evaluated = A.evaluate_policy(base, some, greedy)
+    expected = [stepped(policy, part, config, base) for part in (dialogues, dialogues[:1])]
 
     def work() -> None:
+        A.join_processes()
         mine, ref = copy_of(base), A.freeze(base)
-        A.spread(mine, ref, config)
-        together = A.rollout(mine, some, config, 1)
-        assert [d.ids for d in together] == [d.ids for d in alone]
-        assert A.evaluate_pool(mine, A.Config(eval_limit=7)) == pool
-        step = torch.optim.SGD(mine.model.parameters(), lr=1.0)
-        seen = A.update(mine, ref, step, together, v_star, config)
-        assert seen == pytest.approx(expected, rel=1e-4, abs=1e-6)
-        seen = A.update(mine, ref, step, together[:1], v_star, config)  # nothing for the second one
-        assert seen == pytest.approx(first, rel=1e-4, abs=1e-6)
+        A.deal_out(mine, ref, config)
+        assert play(mine, some, config) == dialogues
+        assert A.evaluate_policy(mine, some, greedy) == evaluated
+        for part, numbers in zip((dialogues, dialogues[:1]), expected):  # then the second has none
+            seen = stepped(mine, part, config, ref)
+            assert seen == pytest.approx(numbers, rel=1e-4, abs=1e-6)
         A.save_model(mine, tmp_path / "checkpoint")
-        if A.world()[0] == 0:
+        if A.is_first():
             saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
             for name, weight in policy.model.state_dict().items():
                 assert torch.allclose(saved[name], weight, atol=1e-5), name
 
-    assert two_processes(work) == [0, 0]
+    assert together(work) == [0, 0]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"] if SOAK else ["fsdp"])
-def test_a_run_of_two_processes_is_killed_and_resumed(parallel, tmp_path):
-    folder = tmp_path / "run"
-    config = dataclasses.replace(short_run(folder), parallel=parallel, eval_every=0, steps=3)
+def of_second(act: Callable[[], object], work: Callable[[], object]) -> Callable[[], None]:
+    """`work`, before which the second of two processes does `act`."""
 
-    def die() -> None:
-        save = A.save_state
+    def both() -> None:
+        if os.environ["RANK"] == "1":
+            act()
+        work()
 
-        def save_and_die(*arguments: Any) -> None:
-            save(*arguments)
-            A.dist.barrier()
-            if A.world()[0] == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+    return both
 
-        A.save_state = save_and_die
-        assert A.main(["train", *as_arguments(config)]) == 1  # the other one says so, and ends
 
-    assert two_processes(die) == [0, -signal.SIGKILL]
-    assert two_processes(lambda: start_or_go_on(folder)) == [0, 0]
-    alone = dataclasses.replace(config, out=str(tmp_path / "alone"))
-    A.train(alone)
-    for ours, theirs in zip(left(folder)[0], left(Path(alone.out))[0], strict=True):
+def fails_if_it_writes() -> None:
+    when_touched("/", lambda path: path == os.devnull or print(path) or os._exit(3))
+
+
+def dies_in_step_3() -> None:
+    """By a kill in the middle of an update."""
+    passes = itertools.count(1)
+
+    def count(module: torch.nn.Module, _: object) -> None:
+        learns = torch.is_grad_enabled() and isinstance(module, torch.nn.Embedding)
+        if learns and next(passes) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(count)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_make_the_run_of_one_also_when_one_of_them_is_killed(
+    parallel, undisturbed, tmp_path, capfd
+):
+    folder, changes = tmp_path / "run", {"parallel": parallel, "threads": 1}
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    run = lambda folder: start_or_go_on(folder, **changes)  # noqa: E731
+    assert together(of_second(fails_if_it_writes, lambda: run(calm))) == [0, 0]
+    expected, _ = undisturbed
+    found = left_by(calm)
+    for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
         assert [*ours] == [*theirs]
         for name in ours:
-            same = pytest.approx(theirs[name], rel=1e-3, abs=1e-4) if theirs[name] else theirs[name]
+            same = theirs[name] and pytest.approx(theirs[name], rel=1e-3, abs=1e-4)
             assert ours[name] == same, name
-    AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    assert found["files"] == expected["files"]
+    assert found["eval_results.jsonl"] == expected["eval_results.jsonl"]
+
+    arguments = ["train", *as_arguments(short_run(killed, **changes))]
+
+    def ends() -> None:
+        A.PART = 4
+        assert A.main(arguments) == 1
+
+    assert together(of_second(dies_in_step_3, ends)) == [0, -signal.SIGKILL]
+    assert "astarpo: another process of this run is gone" in capfd.readouterr().err
+    assert len(read_lines(killed / "metrics.jsonl")) == 2
+    assert together(lambda: run(killed)) == [0, 0]
+    assert left_by(killed) == found
 
 
-def as_arguments(config: A.Config) -> list[str]:
-    """The options of a Config that are not the defaults, for the command line."""
-    changed = {k: v for k, v in vars(config).items() if v != getattr(A.Config(), k)}
-    return [text for k, v in changed.items() for text in ("--" + k.replace("_", "-"), str(v))]
+@pytest.mark.parametrize(
+    "command, complaint",
+    [
+        ("eval --model nowhere", "nowhere: no such folder"),
+        ("eval --model data/base --device cuda:0", "takes a GPU of its own: not --device cuda:0"),
+        ("train --resume nowhere", "holds no unfinished run"),
+        ("train --out setup.cfg/x", "cannot be written"),
+        ("train --steps many", "invalid int value: 'many'"),
+    ],
+)
+def test_of_several_processes_one_says_what_is_wrong(
+    command, complaint, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.cfg").touch()
+    assert together(lambda: sys.exit(A.main(command.split()))) == [2, 2]
+    assert capfd.readouterr().err.count(complaint) == 1
 
 
 def test_torchrun_starts_us(tmp_path):
-    small = ["--steps", "1", "--train-limit", "4", "--num-samples", "1", "--eval-limit", "4"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-    ]
-    command += [A.__file__, "train", "--batch-size", "4", *small, "--out", str(tmp_path / "run")]
+    small = "--steps 1 --train-limit 4 --batch-size 4 --num-samples 1 --eval-limit 4"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, A.__file__, "train", *small.split(), "--out", str(tmp_path / "run")]
     shown = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.count("written to") == 1
-    assert shown.stdout.count("verifier pool 4/4") == 2  # before and after
+    assert shown.stdout.count("written to") == 1 and shown.stdout.count("stage 2 1/1") == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["n"] == 4
 
 
