@@ -2174,6 +2174,8 @@ def test_two_processes_make_the_run_of_one_also_when_one_of_them_is_killed(
     assert_close(calm["metrics"], alone["metrics"])
     assert calm["files"] == alone["files"]
     assert calm["eval_results.jsonl"] == alone["eval_results.jsonl"]
+    if parallel == "ddp" and not SOAK:
+        return  # as of one process, the state is what the first one holds
     shutil.rmtree(tmp_path / "run")
     assert together(work, second=dies_in_step_3) == [1, -signal.SIGKILL]
     assert "astarpo: another process of this run is gone" in capfd.readouterr().err
