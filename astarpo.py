@@ -2543,6 +2543,8 @@ class Run:
     """The folder of a training run: what happens is written there, and read back by --resume."""
 
     def __init__(self, config: Config, resume: bool) -> None:
+        if resume and Path(config.out, "v_star.jsonl").exists():
+            config = dataclasses.replace(config, v_star="")  # it has its own copy
         self.config, self.resumed = at_temperature(config, 1.0), resume
         check_options(self.config, "train")
         self.folder = Path(config.out) if resume else first(lambda: new_folder(config.out))
@@ -2618,8 +2620,8 @@ class Run:
 
     def steps(self, learner: Learner) -> Iterator[int]:
         """The steps that are still to be done; the learner is brought back to where they begin."""
-        self.learner = learner
         self.restore(learner.policy, learner.optimizer)
+        self.learner = learner  # from here on an error keeps its model
         with progress("stage 2", self.config.steps, len(self.metrics)) as self.bar:
             yield from range(len(self.metrics), self.config.steps)
 
