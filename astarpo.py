@@ -2542,7 +2542,6 @@ def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
 # 1's dialogues are kept in parts, in v_star.jsonl. A file that is not only appended to takes its
 # name when it is whole and on the disk. Of several processes the first one reads and writes.
 
-
 Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the summary, and what it sums up
 
 
@@ -2835,7 +2834,6 @@ def add_adapters(policy: Policy, rank: int, seed: int) -> None:
     if hasattr(policy.model, "had_adapters"):  # they would be saved as if beside its base
         raise UsageError("--lora goes not with a LoRA checkpoint as --model: start from its base")
     torch.manual_seed(seed)
-    policy.model.requires_grad_(False)
     kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     policy.model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, **kind))
     for parameter in policy.model.parameters():
@@ -2954,11 +2952,10 @@ def my_share(dialogues: Sequence[Dialogue], budget: int) -> list[tuple[Sequence[
     """The micro-batches of this process, with their weights. All processes have as many: a slice of
     fsdp's waits for the others in each pass, so who has fewer adds passes that weigh nothing."""
     rank, size = world()
-    cuts = []
-    for part in (dialogues[r::size] for r in range(size)):
-        batches = token_batches([len(d.ids) for d in part], budget)
-        cuts.append([([part[i] for i in batch], 1.0) for batch in batches])
-    return cuts[rank] + [(dialogues[:1], 0.0)] * (max(map(len, cuts)) - len(cuts[rank]))
+    shares = [dialogues[r::size] for r in range(size)]
+    batches = [[*token_batches([len(d.ids) for d in share], budget)] for share in shares]
+    mine = [([shares[rank][i] for i in batch], 1.0) for batch in batches[rank]]
+    return mine + [(dialogues[:1], 0.0)] * (max(map(len, batches)) - len(mine))
 
 
 def deal_out(policy: Policy, ref: Policy, config: Config) -> None:
@@ -2997,7 +2994,7 @@ def sum_over_processes(model: Any, seen: dict[str, float]) -> dict[str, float]:
             parameter.grad *= size  # fsdp has summed already, and divided
         else:
             dist.all_reduce(parameter.grad)
-    everyone = collect([dict(seen)], size)
+    everyone = collect([seen], size)
     return {name: sum(theirs[name] for theirs in everyone) for name in seen}
 
 
@@ -3083,11 +3080,8 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         if command not in item.metadata["on"]:
             continue
         kind, choices = KINDS[item.type], item.metadata["choices"] or None
-        takes = {
-            "type": kind,
-            "choices": choices,
-            "metavar": None if choices else kind.__name__.upper(),
-        }
+        name = None if choices else kind.__name__.upper()
+        takes = {"type": kind, "choices": choices, "metavar": name}
         if kind is bool:
             takes = {"action": argparse.BooleanOptionalAction}
         default = changed.get(item.name, item.default)
