@@ -3168,7 +3168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, message = 1, str(error)
     except RuntimeError as error:
         lost = str(error).strip().split("\n")[0]
-        if world()[1] == 1 or not re.search("(?i)peer|connection|timed? ?out|nccl", lost):
+        if "RANK" not in os.environ or not re.search("(?i)peer|connection|timed? ?out|nccl", lost):
             raise
         status, message = 1, f"another process of this run is gone ({lost}); go on with --resume"
     except KeyboardInterrupt:  # of a training run `Run` tells more
