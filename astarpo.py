@@ -2750,7 +2750,10 @@ def unfinished_run(path: str) -> Config:
     if not found:
         why = "holds no unfinished run (one with a summary.json is finished)"
         raise UsageError(f"--resume: {path or 'runs/'} {why}")
-    return dataclasses.replace(read_config(found[-1] / "config.json"), out=str(found[-1]))
+    config = dataclasses.replace(read_config(found[-1] / "config.json"), out=str(found[-1]))
+    if (found[-1] / "v_star.jsonl").exists():  # its own; what was given may be gone
+        config.v_star = ""
+    return config
 
 
 def read_config(path: Path) -> Config:
