@@ -132,9 +132,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -2539,7 +2538,7 @@ def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
 # name when it is whole and on the disk. Of several processes the first one reads and writes.
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """The folder of a training run: what happens is written there, and read back by --resume."""
 
     def __init__(self, config: Config, resume: bool) -> None:
@@ -2554,10 +2553,7 @@ class Run:
         self.told: set[str] = set()  # the complaints so far: each comes once
         self.learner: Learner | None = None
 
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """After Ctrl-C or an error, keep the model as it is (one of several processes cannot)."""
         saved = ""
         if kind and self.learner and world()[1] == 1:
@@ -2568,35 +2564,41 @@ class Run:
 
     def begin(self, policy: Policy, problems: list[Problem]) -> None:
         """Write config.json, or see that what goes on now is what began then. Raises UsageError."""
-        weights = weights_hash(policy.model)
-        self.mark = fingerprint(weights, policy, problems, self.config)
-        self.stage_one = self.folder / "v_star.jsonl"
-        first(lambda: self.open_folder(weights, policy))
-        self.send = number_sink(self.config, self.folder)
+        config, weights = self.config, weights_hash(policy.model)
+        # What stage 1's samples depend on (but for the seed: any sample of the reference will do).
+        made_from = [
+            3,  # the version of v_star.jsonl
+            weights,
+            (config.num_samples, config.temperature, config.revisions, config.max_new_tokens),
+            [(p.index, p.problem, p.answer) for p in problems],
+            (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT, policy.tokenizer.chat_template),
+        ]
+        digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+        self.stage_one, self.mark = self.folder / "v_star.jsonl", {"fingerprint": digest[:16]}
+        self.played = first(lambda: self.open_folder(weights, str(policy.dtype)[6:]))
+        self.send = number_sink(config, self.folder)
 
-    def open_folder(self, weights: str, policy: Policy) -> None:
-        """What `begin` does on the disk."""
-        path, given = self.folder / "config.json", self.config.v_star
+    def open_folder(self, weights: str, dtype: str) -> list[dict[str, Any]]:
+        """What `begin` does on the disk. Returns the lines of stage 1 that are there."""
+        path, given = self.folder / "config.json", Path(self.config.v_star)
+        played = read_stage_one(self.stage_one if self.stage_one.exists() else given, self.mark)
         if not self.resumed:
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            versions |= {"transformers": transformers.__version__, "numpy": np.__version__}
+            versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
             # What "auto" has become here, so that a run that goes on computes in the same way.
-            found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
-            found |= {"versions": versions, "weights": weights}
+            found = {"threads": torch.get_num_threads(), "dtype": dtype, "weights": weights}
+            found["versions"] = {"python": sys.version.split()[0], **versions}
             write_rows(path, [dataclasses.asdict(self.config) | found], indent=2)
         elif json.loads(path.read_text(encoding="utf-8")).get("weights") != weights:
             model = self.config.model
             raise UsageError(f"--resume: {model} holds other weights than when {path} was written")
         self.lock = held(path)  # until we return, or are killed
-        if given and not self.stage_one.exists():
-            write_rows(self.stage_one, [self.mark, *read_stage_one(Path(given), self.mark)])
+        return played
 
     def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
         """Those of the wanted dialogues that have been played, in whole parts (a part is played
         together, and rounding depends on the company)."""
-        rows = first(lambda: read_stage_one(self.stage_one, self.mark))
+        rows, size = self.played, PART * world()[1]
         if len(rows) < len(wanted):
-            size = PART * world()[1]
             rows = rows[: len(rows) // size * size]
         write_rows(self.stage_one, [self.mark, *rows])
         done = [to_dialogue(row) for row in rows]
@@ -2611,12 +2613,11 @@ class Run:
     def after_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> list[Problem]:
         """Say what stage 1 found. Returns the problems to train on."""
         report_stage_one(dialogues, v_star, self.config, self.told)
-        solved = [
-            d.problem for d in dialogues if d.turns[0].correct or not self.config.drop_unsolved
-        ]
-        if not solved:
+        everything = not self.config.drop_unsolved
+        kept = {d.problem: None for d in dialogues if everything or d.turns[0].correct}
+        if not kept:
             raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
-        return list(dict.fromkeys(solved))
+        return list(kept)
 
     def steps(self, learner: Learner) -> Iterator[int]:
         """The steps that are still to be done; the learner is brought back to where they begin."""
@@ -2676,10 +2677,10 @@ class Run:
     def save(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Write state.pt: all that --resume needs, in one file."""
         learned = {name for name, p in policy.model.named_parameters() if p.requires_grad}
-        weights = get_model_state_dict(policy.model, options=WHOLE)
+        weights, moments = get_state_dict(policy.model, optimizer, options=WHOLE)
         state = {
             "model": {n: w for n, w in weights.items() if n in learned},  # a tied head once
-            "optimizer": get_optimizer_state_dict(policy.model, optimizer, options=WHOLE),
+            "optimizer": moments,
             "scaler": policy.scaler.state_dict(),
             "metrics": self.metrics,
             "evaluations": self.evaluations,
@@ -2690,27 +2691,19 @@ class Run:
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Go back to the state, if there is one: what was written after it is done again."""
-        path, state = self.folder / "state.pt", {"model": {}, "optimizer": {}}
-
-        def read() -> tuple[list, list, dict]:
-            if not path.exists():
-                return [], [], {}
+        path = self.folder / "state.pt"
+        if first(path.exists):
             try:
-                state.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-                return state["metrics"], state["evaluations"], state["scaler"]
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                self.metrics, self.evaluations = state["metrics"], state["evaluations"]
             except Exception as error:
-                raise UsageError(
-                    f"{path} is damaged or of another version ({reason_of(error)}): remove it, and "
-                    "--resume begins stage 2 again"
-                ) from error
-
-        self.metrics, self.evaluations, scaler = first(read)
-        if self.metrics:
+                remedy = "remove it, and --resume begins stage 2 again"
+                why = f"is damaged or of another version ({reason_of(error)})"
+                raise UsageError(f"{path} {why}: {remedy}") from error
             print(f"going on after step {len(self.metrics)}")
-            options = WHOLE if world()[1] == 1 else FROM_FIRST
-            set_model_state_dict(policy.model, state["model"], options=options)
-            set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=options)
-            policy.scaler.load_state_dict(scaler)
+            saved = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+            set_state_dict(policy.model, optimizer, **saved, options=WHOLE)
+            policy.scaler.load_state_dict(state["scaler"])
         write_rows(self.folder / "metrics.jsonl", self.metrics)
         if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)
@@ -2752,62 +2745,46 @@ def unfinished_run(path: str) -> Config:
     runs = [Path(path)] if path else sorted(Path("runs").glob("*"), key=lambda f: f.stat().st_mtime)
     found = [run for run in runs if is_unfinished(run)]
     if not found:
-        why = "is finished" if (runs[-1:] or [Path()])[-1].joinpath("summary.json").exists() else ""
-        raise UsageError(f"--resume: {path or 'runs/'} {why or 'holds no unfinished run'}")
-    return dataclasses.replace(read_config(found[-1] / "config.json"), out=str(found[-1]))
+        why = "holds no unfinished run (one with a summary.json is finished)"
+        raise UsageError(f"--resume: {path or 'runs/'} {why}")
+    config = dataclasses.replace(read_config(found[-1] / "config.json"), out=str(found[-1]))
+    if (found[-1] / "v_star.jsonl").exists():  # its own; what was given may be gone
+        config.v_star = ""
+    return config
 
 
 def read_config(path: Path) -> Config:
     """The options in a run's config.json. Raises UsageError."""
     try:
-        values = {
-            k: v
-            for k, v in json.loads(path.read_text(encoding="utf-8")).items()
-            if k not in ("versions", "weights")
-        }
-        config = Config(**values)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config = Config(**{k: v for k, v in values.items() if k not in ("versions", "weights")})
         for item in dataclasses.fields(config):
             value, kind = getattr(config, item.name), KINDS[item.type]
-            if value is None and item.default is None:
-                continue
-            if type(value) is not kind and (type(value), kind) != (int, float):
+            whole = kind is float and type(value) is int
+            if type(value) not in (kind, type(item.default)) and not whole:
                 raise TypeError(f"'{item.name}' is {value!r}")
-            setattr(config, item.name, kind(value))
-        return config
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not the config.json of a run: {error}") from error
+    return config
 
 
 def held(path: Path) -> TextIO:
     """Keep others from going on with a run that is not dead. The system drops the lock with us."""
     file = path.open(encoding="utf-8")
-    with contextlib.suppress(ImportError):  # on Windows
+    try:
         import fcntl
 
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"--resume: the run in {path.parent} is still going on") from error
-        except OSError:  # a file system without locks
-            pass
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"--resume: the run in {path.parent} is still going on") from error
+    except (ImportError, OSError):  # Windows; a file system without locks
+        pass
     return file
-
-
-def fingerprint(
-    weights: str, policy: Policy, problems: list[Problem], config: Config
-) -> dict[str, str]:
-    """What stage 1's samples depend on (but for the seed: any sample of the reference will do)."""
-    sampling = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
-    texts = [(p.index, p.problem, p.answer) for p in problems]
-    requests = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT, policy.tokenizer.chat_template)
-    version = 3  # of v_star.jsonl
-    everything = json.dumps([version, weights, sampling, texts, requests])
-    return {"fingerprint": hashlib.sha256(everything.encode()).hexdigest()[:16]}
 
 
 def read_stage_one(path: Path, mark: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """The lines of a v_star.jsonl; the first tells what they were made from. Raises UsageError."""
-    lines = [row for _, row in read_jsonl(path, whole=False)] if path.exists() else []
+    lines = [row for _, row in read_jsonl(path, whole=False)] if path.is_file() else []
     if mark and lines and lines[0] != mark:
         raise UsageError(
             f"{path} was made with other weights, problems, sampling options or by another "
@@ -2820,12 +2797,12 @@ def peak_memory() -> float:
     """The most memory used so far, in MiB: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return 0.0
 
 
 def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None]:
@@ -2833,7 +2810,7 @@ def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None
     if config.log_to == "wandb" and is_first():
         import wandb
 
-        run = wandb.init(project="astarpo", dir=folder, config=dataclasses.asdict(config))
+        run = wandb.init(project="astarpo", dir=folder, config=vars(config))
         return lambda numbers: run.log(numbers, step=numbers["step"])
     if config.log_to == "tensorboard" and is_first():
         from torch.utils.tensorboard import SummaryWriter
@@ -2862,9 +2839,6 @@ WHOLE = StateDictOptions(
 )
 
 
-FROM_FIRST = dataclasses.replace(WHOLE, cpu_offload=False, broadcast_from_rank0=True)
-
-
 def add_adapters(policy: Policy, rank: int, seed: int) -> None:
     """LoRA beside every linear layer but the head: only these float32 matrices learn."""
     from peft import LoraConfig
@@ -2872,7 +2846,6 @@ def add_adapters(policy: Policy, rank: int, seed: int) -> None:
     if hasattr(policy.model, "had_adapters"):  # they would be saved as if beside its base
         raise UsageError("--lora goes not with a LoRA checkpoint as --model: start from its base")
     torch.manual_seed(seed)
-    policy.model.requires_grad_(False)
     kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     policy.model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, **kind))
     for parameter in policy.model.parameters():
@@ -2883,9 +2856,7 @@ def add_adapters(policy: Policy, rank: int, seed: int) -> None:
 
 def switch_adapters(model: Any, on: bool) -> None:
     """Compute with the adapters (the policy) or without them (the reference)."""
-    if getattr(model, "adapters_on", True) != on:  # it walks over all layers
-        model.enable_adapters() if on else model.disable_adapters()
-        model.adapters_on = on
+    model.enable_adapters() if on else model.disable_adapters()
 
 
 class Cache(DynamicCache):
@@ -2908,14 +2879,11 @@ def method(model: Any, function: Callable[..., Tensor]) -> Iterator[Callable[...
     a gradient will be wanted, recomputing. transformers recomputes in training mode only, which
     would wake dropout as well: so only the layers' own flags are set, and only here (while sampling
     it would switch the cache off)."""
-    layers = blocks(model)
-    try:
-        for layer in layers:
-            layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
-        yield getattr(model, function.__name__, None) or functools.partial(function, model)
-    finally:
-        for layer in layers:
-            layer.training = False
+    for layer in blocks(model):
+        layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
+    yield getattr(model, function.__name__, None) or functools.partial(function, model)
+    for layer in blocks(model):
+        layer.training = False
 
 
 def world() -> tuple[int, int]:
@@ -2966,10 +2934,7 @@ def collect(mine: list[Any], n: int) -> list[Any]:
     parts: list[Any] = [mine] * world()[1]
     if len(parts) > 1:
         dist.all_gather_object(parts, mine)
-    whole: list[Any] = [None] * n
-    for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
-    return whole
+    return [parts[i % len(parts)][i // len(parts)] for i in range(n)]
 
 
 PART = 512  # dialogues that each process plays before they are kept and the progress bar moves
@@ -3008,11 +2973,10 @@ def my_share(dialogues: Sequence[Dialogue], budget: int) -> list[tuple[Sequence[
     """The micro-batches of this process, with their weights. All processes have as many: a slice of
     fsdp's waits for the others in each pass, so who has fewer adds passes that weigh nothing."""
     rank, size = world()
-    cuts = []
-    for part in (dialogues[r::size] for r in range(size)):
-        batches = token_batches([len(d.ids) for d in part], budget)
-        cuts.append([([part[i] for i in batch], 1.0) for batch in batches])
-    return cuts[rank] + [(dialogues[:1], 0.0)] * (max(map(len, cuts)) - len(cuts[rank]))
+    shares = [dialogues[r::size] for r in range(size)]
+    batches = [[*token_batches([len(d.ids) for d in share], budget)] for share in shares]
+    mine = [([shares[rank][i] for i in batch], 1.0) for batch in batches[rank]]
+    return mine + [(dialogues[:1], 0.0)] * (max(map(len, batches)) - len(mine))
 
 
 def deal_out(policy: Policy, ref: Policy, config: Config) -> None:
@@ -3044,19 +3008,15 @@ def gathered(model: Any) -> Iterator[None]:
 def sum_over_processes(model: Any, seen: dict[str, float]) -> dict[str, float]:
     """Add up over the processes the gradients and the numbers that were seen."""
     _, size = world()
-    if size == 1:
-        return dict(seen)
-    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+    for parameter in filter(lambda p: p.requires_grad and size > 1, model.parameters()):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if isinstance(model, FSDPModule):
             parameter.grad *= size  # fsdp has summed already, and divided
         else:
             dist.all_reduce(parameter.grad)
-    device = next(model.parameters()).device
-    numbers = torch.tensor([*seen.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(numbers)
-    return dict(zip(seen, numbers.tolist()))
+    everyone = collect([seen], size)
+    return {name: sum(theirs[name] for theirs in everyone) for name in seen}
 
 
 # --- I. The command line --------------------------------------------------------------------------
@@ -3133,25 +3093,22 @@ def solve(config: Config, problem: str) -> Dialogue:
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     """Options from the fields of Config: their names, types, defaults and help. Those that are not
     given are absent from what is parsed: presets and files come in between."""
+    changed = {} if command == "train" else {"model": "the newest finished run", "eval_limit": 0}
     group = parser.add_argument_group("the lesson's options")
     for item in dataclasses.fields(Config):
         if item.name == "max_prompt_tokens":
             group = parser.add_argument_group("for real models, other data and long runs")
-        if command in item.metadata["on"]:
-            flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
-            default = (
-                {"eval_limit": 0, "model": "the newest finished run"}.get(item.name, item.default)
-                if command != "train"
-                else item.default
-            )
-            if item.type == "bool":
-                kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-            else:
-                name, choices = KINDS[item.type].__name__.upper(), item.metadata["choices"]
-                kind = {"type": KINDS[item.type]}
-                kind |= {"choices": choices} if choices else {"metavar": name}
-            text += "" if default in ("", None) else f" (default: {default})"
-            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+        if command not in item.metadata["on"]:
+            continue
+        kind, choices = KINDS[item.type], item.metadata["choices"] or None
+        name = None if choices else kind.__name__.upper()
+        takes = {"type": kind, "choices": choices, "metavar": name}
+        if kind is bool:
+            takes = {"action": argparse.BooleanOptionalAction}
+        default = changed.get(item.name, item.default)
+        text = item.metadata["help"] + f" (default: {default})" * (default not in ("", None))
+        flag = "--" + item.name.replace("_", "-")
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **takes)
     parser.add_argument("--preset", choices=PRESETS, help="the sizes for a real model and MATH")
     parser.add_argument("--config", metavar="FILE", help="the options of a run's config.json")
     parser.epilog = "An option that is given counts before --config, that before --preset."
@@ -3159,10 +3116,8 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line: a command and its options."""
-    parser = argparse.ArgumentParser(
-        prog="astarpo.py",
-        description="A*-PO + PAG: reinforcement learning of mathematical reasoning.",
-    )
+    about = "A*-PO + PAG: reinforcement learning of mathematical reasoning."
+    parser = argparse.ArgumentParser(prog="astarpo.py", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
     learning = commands.add_parser("train", help="evaluate, stage 1, stage 2, evaluate")
     learning.add_argument(
@@ -3170,10 +3125,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "(default RUN: the newest of runs/) with its own options; only those that change the cost "
         "can be given anew: " + ", ".join("--" + n.replace("_", "-") for n in RESUMABLE),
     )  # fmt: skip
-    evaluation = commands.add_parser("eval", help="evaluate a model on held-out problems")
+    commands.add_parser("eval", help="evaluate a model on held-out problems")
     solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
     solving.add_argument("problem", help="the problem's text, in quotes")
-    for command, its_parser in (("train", learning), ("eval", evaluation), ("solve", solving)):
+    for command, its_parser in commands.choices.items():
         add_options(its_parser, command)
     plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
     plotting.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
@@ -3183,18 +3138,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def chosen_config(options: argparse.Namespace) -> Config:
     """The options: given ones, else those of --config, else of --preset, else the defaults."""
-    fields = {item.name: item for item in dataclasses.fields(Config)}
-    given = {name: value for name, value in vars(options).items() if name in fields}
+    commands = {item.name: item.metadata["on"] for item in dataclasses.fields(Config)}
+    given = {name: value for name, value in vars(options).items() if name in commands}
     if options.command == "train" and options.resume is not None:
-        others = {*given, *filter(vars(options).get, ("preset", "config"))} - {*RESUMABLE}
-        if others:
+        if options.preset or options.config or given.keys() - {*RESUMABLE}:
             raise UsageError("--resume goes on with the run's own options: leave the others out")
         return dataclasses.replace(first(lambda: unfinished_run(options.resume)), **given)
     values = dict(PRESETS[options.preset]) if options.preset else {}
     if options.config:
-        values |= dataclasses.asdict(read_config(Path(options.config))) | {"out": ""}
+        values |= vars(read_config(Path(options.config))) | {"out": ""}
     if options.command != "train":
-        values = {n: v for n, v in values.items() if options.command in fields[n].metadata["on"]}
+        values = {name: v for name, v in values.items() if options.command in commands[name]}
         values |= {"model": "", "temperature": None, "eval_limit": 0}
         values |= EVAL_PRESETS.get(options.preset, {})
     return Config(**values | given)
@@ -3207,12 +3161,13 @@ def run_command(options: argparse.Namespace) -> None:
         return print(f"written to {options.out}")
     join_processes()
     config = chosen_config(options)
+    config.model = config.model or newest_model()
     if options.command == "train":
         train(config, resume=options.resume is not None)
-        return None
-    config.model = config.model or newest_model()
-    evaluate(config) if options.command == "eval" else solve(config, options.problem)
-    return None
+    elif options.command == "eval":
+        evaluate(config)
+    else:
+        solve(config, options.problem)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3223,6 +3178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(sys.argv[1:] if argv is None else argv)
     try:
         run_command(options)
+        return 0
     except UsageError as error:
         status, message = 2, str(error)
     except ImportError as error:  # matplotlib for 'plot', peft for --lora
@@ -3233,14 +3189,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, message = 1, str(error)
     except RuntimeError as error:
         lost = str(error).strip().split("\n")[0]
-        if world()[1] == 1 or not re.search("(?i)peer|connection|timed? ?out|nccl", lost):
+        if "RANK" not in os.environ or not re.search("(?i)peer|connection|timed? ?out|nccl", lost):
             raise
         status, message = 1, f"another process of this run is gone ({lost}); go on with --resume"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # of a training run `Run` tells more
         status, message = 1, "stopped"
-        message += "; go on with 'train --resume'" if options.command == "train" else ""
-    else:
-        return 0
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
