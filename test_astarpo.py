@@ -2233,8 +2233,8 @@ def test_a_comparison_asks_how_often_a_coin_would_be_as_uneven(better, worse):
 
 def test_samples_of_one_problem_are_not_taken_for_independent():
     once = solved(*[True] * 5, *[False] * 5)
-    assert A.summarize(once)["acc_t1_ci"] == A.wilson(5, 10)
-    again = A.summarize([made for made in once for _ in range(8)])
+    assert A.accuracies(once)["acc_t1_ci"] == A.wilson(5, 10)
+    again = A.accuracies([made for made in once for _ in range(8)])
     assert again["n"] == 10 and again["acc_t1_ci"] == A.wilson(5, 10)
 
 
