@@ -2911,8 +2911,8 @@ def table(capsys: Any, what: str, **found: float) -> None:
 
 def ours(out: Path, **options: object) -> tuple[float, ...]:
     """Train into a new folder: seconds of stage 1 and, of a step, of sampling and of updating."""
-    sizes = {"steps": STEPS, "eval_limit": 1, "rollout_tokens": 2**17, "threads": 1}
-    A.train(A.Config(out=str(out), **sizes | options))
+    sizes = {"batch_size": BATCH, "steps": STEPS, "eval_limit": 1, "rollout_tokens": 2**17}
+    A.train(A.Config(out=str(out), threads=1, **sizes | options))
     one = (out / "v_star.jsonl").stat().st_mtime - (out / "before.json").stat().st_mtime
     steps = read_lines(out / "metrics.jsonl")
     parts = [(s["seconds_sampling"], s["seconds_updating"]) for s in steps]
