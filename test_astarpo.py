@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import doctest
+import functools
 import importlib.util
 import itertools
 import json
@@ -23,6 +24,7 @@ import socket
 import string
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -41,7 +43,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import astarpo as A
 from astarpo import extract_answer, is_equiv, normalize_answer, verify
@@ -2592,3 +2594,155 @@ def test_make_refuses_what_makes_no_sense(what, capsys):
     with pytest.raises(SystemExit) as stop:
         make.main(what.split())
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+# --- Benchmarks: ASTARPO_BENCH=1 pytest -s -k bench -----------------------------------------------
+# What is compared takes turns, so that a busy moment of the machine meets all of it alike, and of
+# the repeats the median counts. On one thread. Compare the ratios: the rest is the machine's.
+
+BATCH, GROUP, STEPS, REPEATS, GOAL = 64, 8, 8, 3, 0.9  # GROUP: responses a problem in stage 1
+bench = pytest.mark.skipif("ASTARPO_BENCH" not in os.environ, reason="takes minutes")
+
+
+def alternate(repeats: int, **calls: Callable[[], object]) -> dict[str, Any]:
+    """Median seconds of each call, or of what it says it took (a float or several). They take
+    turns, and the first round only warms up."""
+    found: dict[str, list[Any]] = {name: [] for name in calls}
+    for name, call in [*calls.items()] * (repeats + 1):
+        start = time.perf_counter()
+        told = call()
+        found[name].append(told if isinstance(told, float | tuple) else time.perf_counter() - start)
+    return {name: np.median(seconds[1:], axis=0) for name, seconds in found.items()}
+
+
+def table(capsys: Any, what: str, **found: float) -> None:
+    """Print a Markdown table, with how many times the first number each is."""
+    first = next(iter(found.values()))
+    cells = (f"{x:,.3f} ({x / first:.2f})" for x in found.values())
+    capsys.readouterr()  # we want nothing of what was printed before
+    with capsys.disabled():
+        print(f"\n{' | '.join([what, *found])}\n{'---|' * len(found)}---\n | {' | '.join(cells)}")
+
+
+def ours(out: Path, **options: object) -> tuple[float, ...]:
+    """Train into a new folder: seconds of stage 1 and, of a step, of sampling and of updating."""
+    sizes = {"batch_size": BATCH, "steps": STEPS, "eval_limit": 1, "rollout_tokens": 2**17}
+    A.train(A.Config(out=str(out), threads=1, **sizes | options))
+    one = (out / "v_star.jsonl").stat().st_mtime - (out / "config.json").stat().st_mtime
+    steps = read_lines(out / "metrics.jsonl")
+    parts = [(s["seconds_sampling"], s["seconds_updating"]) for s in steps]
+    return one, *np.median(parts, axis=0)
+
+
+def theirs(name: str, base: A.Policy, n: int, steps: int, lr: float) -> Any:
+    """TRL's trainer of that name with our first n problems, checker, sizes and optimizer."""
+    library = pytest.importorskip("trl.experimental.a2po" if name == "A2PO" else "trl")
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "base", padding_side="left")
+    problems = A.load_problems(base, A.Config(train_limit=n), "train")
+    rows = [{"prompt": tokenizer.decode(base.prompt_ids(p)), "answer": p.answer} for p in problems]
+    own = {"filter_all_incorrect": False} if name == "A2PO" else {}  # GROUP is the default of both
+    config = getattr(library, name + "Config")(
+        tempfile.mkdtemp(), learning_rate=lr, lr_scheduler_type="constant_with_warmup",
+        warmup_steps=3, max_steps=steps, per_device_train_batch_size=BATCH, top_k=0, use_cpu=True,
+        max_completion_length=64, gradient_checkpointing=False, bf16=False, report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, **own,
+    )  # fmt: skip
+    return getattr(library, name + "Trainer")(
+        copy_of(base).model,
+        lambda completions, answer, **_: [float(verify(*x)) for x in zip(completions, answer)],
+        config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+    )  # fmt: skip
+
+
+class Stopwatch(TrainerCallback):
+    """Ends TRL's training when GOAL of 300 held-out problems are solved; evaluation is free."""
+
+    def __init__(self, base: A.Policy) -> None:
+        self.base, self.seconds = base, -time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.seconds += time.perf_counter()
+        policy = dataclasses.replace(self.base, model=model)
+        config = A.Config(temperature=0.0, revisions=0, eval_limit=300)
+        seen, _ = A.evaluate_policy(policy, A.load_problems(policy, config, "test"), config)
+        control.should_training_stop |= seen["acc_t1"] >= GOAL
+        self.seconds -= 0 if control.should_training_stop else time.perf_counter()
+
+
+@bench
+@torch.inference_mode()
+@pytest.mark.parametrize("n", [BATCH, BATCH * GROUP])
+@pytest.mark.parametrize("lengths", ["as they end", "all of full length"])
+def test_bench_sampling(base, capsys, n, lengths):
+    """Tokens a second of transformers' `generate` and of `sample`, on the same prompts."""
+    policy = base if lengths == "as they end" else dataclasses.replace(base, end_ids=())
+    config = A.Config(temperature=1.0, train_limit=n)
+    prompts = [base.prompt_ids(p) for p in A.load_problems(base, config, "train")]
+    u = A.uniform(0, np.arange(n)[:, None], np.arange(64))
+    ids = A.pad_sequence([torch.tensor(p) for p in prompts], True, -1, padding_side="left")
+    plain = {"do_sample": True, "top_k": 0, "max_new_tokens": 64, "pad_token_id": base.end_ids[0]}
+    plain |= {"attention_mask": (ids >= 0).long(), "eos_token_id": [*policy.end_ids, -1]}
+    work = {
+        "generate": lambda: base.model.generate(ids.clamp(min=0), **plain)[:, ids.shape[1] :],
+        "here": lambda: A.sample(policy, prompts, u, config),
+    }
+    ended = torch.isin(work["generate"](), torch.tensor([*policy.end_ids, -1]))
+    tokens = int((~ended).sum() + ended.any(1).sum()), sum(map(len, work["here"]()))
+    speeds = {name: n / s for n, (name, s) in zip(tokens, alternate(REPEATS, **work).items())}
+    table(capsys, f"tokens/s, {n} responses {lengths}", **speeds)
+
+
+@bench
+def test_bench_stages(base, tmp_path, capsys):
+    """Seconds of both stages, for solve turns and for whole dialogues, and of TRL's trainers."""
+    n, new = BATCH * GROUP, (tmp_path / str(i) for i in itertools.count())
+    a2po, grpo = (theirs(name, base, n, STEPS, lr=1e-9) for name in ("A2PO", "GRPO"))
+    solve, whole, values, *steps = alternate(
+        REPEATS,  # with so small a rate the policy, and the length of its responses, stays
+        solve=lambda: ours(next(new), revisions=0, lr=1e-9, train_limit=n),
+        whole=lambda: ours(next(new), revisions=1, lr=1e-9, train_limit=n),
+        values=a2po._estimate_optimal_values,
+        a2po=lambda: a2po.train().metrics["train_runtime"] / STEPS,
+        grpo=lambda: grpo.train().metrics["train_runtime"] / STEPS,
+    ).values()
+    table(capsys, f"s, stage 1, {n * GROUP:,} times", solve=solve[0], A2PO=values, whole=whole[0])
+    both = solve[1] + solve[2], whole[1] + whole[2]
+    table(capsys, "s, a step", solve=both[0], A2PO=steps[0], GRPO=steps[1], whole=both[1])
+    table(capsys, "s, sampling", solve=solve[1], whole=whole[1])
+    table(capsys, "s, updating", solve=solve[2], whole=whole[2])
+
+
+@bench
+@pytest.mark.parametrize("run", [1, 2])
+def test_bench_time_to_accuracy(base, tmp_path, capsys, run):
+    """Seconds until GOAL of 300 held-out problems are solved in one turn, without evaluation."""
+    here, *_ = ours(tmp_path, revisions=0, lr=3e-4, steps=60, eval_every=1, eval_limit=300)
+    steps, evaluations = (read_lines(tmp_path / f"{name}.jsonl") for name in ("metrics", "eval"))
+    for step, seen in zip(steps, evaluations):
+        here += step["seconds_sampling"] + step["seconds_updating"]
+        if seen["acc_t1"] >= GOAL:
+            break
+    found = {"here": here}
+    for name in ("A2PO", "GRPO"):
+        trainer, watch = theirs(name, base, 256, 400, lr=3e-4), Stopwatch(base)
+        trainer.add_callback(watch)
+        trainer.train()
+        found[name] = watch.seconds
+    table(capsys, f"seconds until acc@t1 is {GOAL}", **found)
+
+
+@bench
+@needs_math
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_bench_checker(capsys, ahead):
+    """Microseconds a call on MATH-500's solutions with their own and with the next answer."""
+    library, rows = pytest.importorskip("math_verify"), math_rows("math500")
+
+    def other(text: str, gold: str) -> bool:
+        return library.verify(library.parse(f"${gold}$"), library.parse(text))
+
+    pairs = [(a["solution"], b["answer"]) for a, b in zip(rows, rows[ahead:])]
+    work = [[functools.partial(f, *pair) for f in (verify, other)] for pair in pairs]
+    times = [[*alternate(REPEATS, a=a, b=b).values()] for a, b in work]
+    here, there = 1e6 * np.median(times, axis=0)
+    table(capsys, f"microseconds, answer of {ahead} further on", here=here, math_verify=there)
