@@ -1647,7 +1647,7 @@ def test_other_columns_can_be_named():
     )
     read = A.to_problem(row, 0, "here", config)
     assert (read.problem, read.answer) == ("P", "5")
-    with pytest.raises(A.UsageError, match=r"here: no column 'tsak' \(there are task"):
+    with pytest.raises(A.UsageError, match=r"here: no text in a column 'tsak' \(there are task"):
         A.to_problem(row, 0, "here", A.Config(problem_column="tsak"))
 
 
@@ -1736,7 +1736,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 50_000), "cannot be loaded"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
     "no tokenizer": (lambda f: [x.unlink() for x in f.glob("*token*")], "no tokenizer"),
-    "no config": (lambda f: (f / "config.json").unlink(), "no config.json there"),
+    "no config": (lambda f: (f / "config.json").unlink(), "model_type"),
     "mamba": (lambda f: tiny_model(f, "mamba", state_size=8), "cannot be sampled here"),
     "soft cap": (
         lambda f: tiny_model(
@@ -1853,7 +1853,7 @@ def test_solve_prints_a_dialogue(capsys):
         ("train --num-samples 0", "--num-samples"),
         ("train --temperature 0", "greedy"),
         ("train --train-data nowhere.jsonl", "nowhere.jsonl: no such file"),
-        ("train --model nowhere", "nowhere: no such folder"),
+        ("train --model nowhere", "nowhere: no such file"),
         ("train --device cuda:77", "cuda:77"),
         ("train --device abacus", "abacus"),
         ("train --v-star nowhere.jsonl", "no such file"),
@@ -1863,7 +1863,7 @@ def test_solve_prints_a_dialogue(capsys):
         ("eval --model data/base --max-new-tokens 5000", "the model's context has"),
         ("eval --model data/base --samples 4", "--samples above 1 needs --temperature"),
         ("eval --model data/base --top-p 0", "--top-p"),
-        ("eval --model data/base --compare nowhere", "nowhere: no such folder"),
+        ("eval --model data/base --compare nowhere", "nowhere: no such file"),
         ("solve 1+1 --model data/base --max-new-tokens 5000", "the model's context has"),
         (f"solve {'1+1+' * 400} --model data/base", "the model's context has"),
     ],
