@@ -6,8 +6,8 @@ model how to solve anything; it tries, is told right or wrong, and changes. Two 
 simple enough for one file:
 
 * A*-PO ("Accelerating RL for LLM Reasoning with Optimal Advantage Regression", arXiv 2505.20686)
-  turns reinforcement learning into least squares. No critic, no group of samples at each step, no
-  clipped ratio.
+  turns reinforcement learning into least squares. No critic and no clipped ratio (as in PPO), no
+  group of samples at each step (as in GRPO).
 * PAG ("PAG: Multi-Turn Reinforced LLM Self-Correction with Policy as Generative Verifier",
   arXiv 2506.10406) lets the same model solve, then check itself, and revise unless its own check
   says that the answer is correct.
@@ -32,27 +32,28 @@ With beta > 0 the price of leaving it:
 
   (1)  maximise over pi    E_{y ~ pi} [ r(x, y) ]  -  beta * KL( pi(.|x) || pi_ref(.|x) )
 
-For one problem x this has an answer in closed form. Write the objective as
-V*(x) - beta * KL(pi || pi*) and read off that it is largest at pi = pi*, where
+For one problem x this has an answer in closed form. Define a policy pi* and a number V*(x) by
 
   (2)  pi*(y|x) = pi_ref(y|x) * exp( (r(x, y) - V*(x)) / beta )
   (3)  V*(x)    = beta * log E_{y ~ pi_ref} [ exp( r(x, y) / beta ) ]       (makes pi* sum to 1)
 
-pi* cannot be computed (the sum runs over all responses), but take the logarithm of (2):
+Put r from (2) into (1): the objective is V*(x) - beta * KL(pi || pi*). A KL is never negative, and
+0 only where both are the same: so the best policy is pi*, and V*(x) is what it achieves. pi* cannot
+be computed (the sum runs over all responses), but take the logarithm of (2):
 
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
-The right side is the *optimal advantage*: the reward of this response less V*(x), the value of (1)
-for the best policy. (That is the A* in the name. It has nothing to do with A* search.) The left
-side is something that our policy can compute for any response, with itself in the place of pi*.
-And V*(x) hangs on the reference alone, so it can be known before training begins: (3) is a mean
-over *its* responses. So A*-PO is two stages. (V^* below is our estimate of V*, a V with a hat. Why
-its beta1 may be another beta than the beta2 of the loss, section 8 says.)
+The right side is the *optimal advantage*: the reward of this response less V*(x). (That is the A*
+in the name. It has nothing to do with A* search.) The left side is something that our policy can
+compute for any response, with itself in the place of pi*. And V*(x) depends on the reference alone,
+so it can be known before training begins: (3) is a mean over *its* responses. So A*-PO is two
+stages. (Vhat is our estimate of V*. That its beta1 is another beta than the beta2 of the loss is on
+purpose: sections 7 and 8 say why.)
 
   Stage 1, once, offline: N = 8 responses per problem from pi_ref, and from their rewards
-  (5)  V^*(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
-  Stage 2, on-policy: ONE response y per problem from the present policy, and a step down the square
-  (6)  loss = ( beta2 * log( pi(y|x) / pi_ref(y|x) )  -  ( r(x, y) - V^*(x) ) )^2,   beta2 = 0.001
+  (5)  Vhat(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
+  Stage 2, on-policy: ONE response y per problem from the present policy, and a gradient step on
+  (6)  loss = ( beta2 * log( pi(y|x) / pi_ref(y|x) )  -  ( r(x, y) - Vhat(x) ) )^2,   beta2 = 0.001
 
 PAG plays a dialogue with the same model, and A*-PO trains each of its turns as a response:
 
@@ -60,18 +61,18 @@ PAG plays a dialogue with the same model, and A*-PO trains each of its turns as 
   turn 2, verify:  reward 1 if the verdict, "The answer is correct." or "... wrong.", is true
   turn 3, revise:  unless the verdict was "correct";  reward acc2 + alpha * (acc2 - acc1), alpha = 1
 
-THE SYMBOLS.  Each equation has one place in the code, with the same letters:
+THE SYMBOLS.  Where to find each of them in the code, with the same letters:
 
   paper            here                      where
   x, y             problem, response         Problem, Turn
-  r(x, y)          reward                    is_equiv(), dialogue_rewards()
+  r(x, y)          reward                    extract_answer(), is_equiv(), dialogue_rewards()
   pi, pi_ref       policy, ref               Policy, freeze()
   log pi(y|x)      logp, ref_logp            token_logps(), update()
-  V^*(x), (5)      v_star                    estimate_v_star(), stage_one()
+  Vhat(x), (5)     v_star                    estimate_v_star(), baselines()
   (6)              loss                      astarpo_loss(), update()
   beta1, beta2     beta1, beta2              Config
   N                num_samples               Config, stage_one()
-  acc1, acc2       correct[0], correct[1]    dialogue_rewards()
+  acc1, acc2       correct[0], correct[1]    dialogue_rewards(): 1 if that attempt is right
   alpha            alpha                     Config, dialogue_rewards()
 
 CONTENTS.  Part I is the lesson; read it from here to its end, in one evening. What follows is the
@@ -156,8 +157,8 @@ HERE = Path(__file__).resolve().parent
 # --- 1. The options -------------------------------------------------------------------------------
 # A run's options are the fields of Config: the command line, its help and config.json are all made
 # from this one list. beta1, beta2, N and alpha are the papers'. Steps, batch, lengths and learning
-# rate fit the small base model that comes with this file; the presets at the very end of the file
-# have the values for a real one. The lesson needs the first group only.
+# rate fit the small base model that comes with this file; the presets at the end of the file have
+# the values for a real one. The first group is what the lesson explains.
 
 
 def option(
@@ -243,18 +244,6 @@ class Problem:
     subject: str = ""
 
 
-def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
-    """The `size` problems of `step` (from 0), walking through reshuffled epochs.
-
-    >>> [p.index for p in batch_of_step([Problem(i, "", "") for i in range(3)], 1, 2, seed=0)]
-    [1, 2]
-    """
-    n, places = len(problems), range(step * size, (step + 1) * size)
-    epochs = {place // n for place in places}
-    order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs}
-    return [problems[order[place // n][place % n]] for place in places]
-
-
 # --- 3. Answers: what did the model say, and is it what the book says? ----------------------------
 # The reward is 1 when the final answer of a sample means the same as the gold answer, else 0. The
 # two possible mistakes do not weigh the same. A false reject wastes one sample. A false accept pays
@@ -332,20 +321,8 @@ def is_equiv(predicted: str | None, gold: str | None) -> bool:
 
 # --- 4. Rewards -----------------------------------------------------------------------------------
 # The reward is all that the policy is ever told, so it should say exactly what we want and nothing
-# that can be had more cheaply. For A*-PO it is 1 for a right final answer and 0 for anything else:
+# that can be had more cheaply. A solution earns 1 for a right final answer and 0 for anything else:
 # no partial credit, no bonus for style or length. (PAG's other two rewards: section 9.)
-
-
-def verify(text: str | None, gold: str | None) -> bool:
-    r"""Say whether the final answer of `text` equals `gold`: r(x, y) in one call.
-
-    (Training keeps the extracted answer, so it makes the two calls itself, in `end_turns`. PAG's
-    verify turn, in which the model judges itself, is something else.)
-
-    >>> verify(r"Step by step: 282 + 1410 = \boxed{1692}", "1692"), verify("1692", "1692")
-    (True, False)
-    """
-    return is_equiv(extract_answer(text), gold)
 
 
 # --- 5. The model ---------------------------------------------------------------------------------
@@ -435,7 +412,7 @@ def freeze(policy: Policy) -> Policy:
     if policy.adapters:
         return dataclasses.replace(policy, adapters=False)
     model = copy.deepcopy(policy.model).requires_grad_(False)
-    for layer in model.modules():  # what never learns can be kept as it is computed with
+    for layer in model.modules():  # frozen weights need no float32 copy; the head keeps its own
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
             layer.to(policy.dtype)
     return dataclasses.replace(policy, model=model)
@@ -445,7 +422,7 @@ def freeze(policy: Policy) -> Policy:
 # A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
 # or top-p: equation (6) speaks about the policy itself, not about a sharpened cousin of it. (With
 # --temperature T, pi and pi_ref both mean the model at T, here and in section 8.) It is also where
-# most of the time goes. Three things make it fast, each of them exact:
+# most of the time goes. Three things make it fast, none of them an approximation:
 #
 # * a *key/value cache*: what the model computed about earlier tokens is kept, so that a new token
 #   costs one token's work;
@@ -455,17 +432,17 @@ def freeze(policy: Policy) -> Policy:
 #   rows out copies the cache, so we wait until half of them have ended;
 # * equal prompts are read once: stage 1 asks each problem N times.
 #
-# No random state is kept. The token at one place of one turn of one sample of one problem is
-# chosen by a number u in [0, 1) hashed from exactly those counters. So the order of batches does
-# not matter, no generator's state needs to be saved, and on one machine's CPU a run can be repeated
-# to the last digit.
+# No random state is kept. Each token is chosen by a number u in [0, 1) that is hashed from what it
+# is for: the seed, the training step, the problem, the number of the sample, the turn, the
+# position. So the order of batches does not matter, no generator's state needs to be saved, and on
+# one machine's CPU a run can be repeated to the last digit.
 
 
 def uniform(*counters: Any) -> np.ndarray:
     """Uniform numbers in [0, 1), a pure function of integer counters (arrays are broadcast).
 
     Each counter is folded in with splitmix64's mixing steps (Steele et al. 2014). Only 32 bits are
-    kept: float64 has 53, so that `pick` can multiply u by a sum without rounding it up to the sum.
+    kept, so that u times a sum, in `pick`, stays below the sum.
 
     >>> bool(uniform(0, 1, 2) == uniform(0, 1, 2)), uniform(0, np.arange(6)[:, None], [0, 1]).shape
     (True, (6, 2))
@@ -476,7 +453,7 @@ def uniform(*counters: Any) -> np.ndarray:
         h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         h = (h ^ (h >> np.uint64(31))) + np.uint64(0x9E3779B97F4A7C15)
-    return np.squeeze(h >> np.uint64(32)) * 2.0**-32
+    return (h >> np.uint64(32)) * 2.0**-32
 
 
 def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
@@ -497,18 +474,9 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
     return token.clamp(max=p.shape[1] - 1)  # a sick model's nan must not become an index error
 
 
-class Cache(DynamicCache):
-    """Under autocast, rotated keys come in float32, though they are multiplied in half precision;
-    kept like that, they and the values beside them would take twice the memory."""
-
-    def update(self, keys: Tensor, values: Tensor, *place: Any, **more: Any) -> Any:
-        """Add those of the next tokens."""
-        return super().update(keys.to(values.dtype), values, *place, **more)
-
-
 def read(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-    """Let the model read ids (B, P), the last P columns of mask (B, T): of what it has read so far,
-    kept in the cache, and of ids, which are no padding? Logits (B, V) for the next token."""
+    """Run the model over ids (B, P), after what the cache holds of earlier ones. mask (B, T) says
+    which tokens, cached and new, are no padding. Logits (B, V) for the next token."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, P)
     logits = model(
         input_ids=ids,
@@ -537,14 +505,14 @@ def sample(
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
-    with policy.active():  # once: what it has cast to half precision serves all tokens
+    with policy.active():  # around all tokens: autocast then casts the weights once, not for each
         logits = read(policy.model, ids, mask, cache)  # (distinct prompts, V)
-        rows = torch.tensor([row_of[tuple(p)] for p in prompts], device=policy.device)
-        if len(texts) < len(rows):
-            cache.batch_select_indices(rows)
-            logits, mask = logits[rows], mask[rows]  # (B, V), (B, T)
-        rows = torch.arange(len(rows), device=policy.device)  # whose responses are in the batch
-        running = rows >= 0  # all of them
+        copies = torch.tensor([row_of[tuple(p)] for p in prompts], device=policy.device)
+        if len(texts) < len(copies):
+            cache.batch_select_indices(copies)
+            logits, mask = logits[copies], mask[copies]  # (B, V), (B, T)
+        rows = torch.arange(len(copies), device=policy.device)  # whose responses are in the batch
+        running = torch.ones_like(rows, dtype=torch.bool)
         for place in range(u.shape[1]):
             token = pick(logits, numbers[rows, place], config.temperature, config.top_p)  # (B,)
             written[rows[running], place] = token[running]
@@ -565,15 +533,16 @@ def sample(
 # Equation (3) asks for the mean of exp(r/beta) over responses of the reference; N samples of it
 # give (5). Look at what kind of mean that is. For beta1 -> infinity it is the plain mean of the
 # rewards, for beta1 -> 0 their maximum, and in between, at 0.5, one right answer in eight gives
-# V^* = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
+# Vhat = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
 # would choose that response far more often than the reference does. Why not the beta2 = 0.001 of
 # the loss? At 0.001 the same eight samples give 0.998: every problem that was solved once looks as
-# good as solved, and V^* no longer tells an easy problem from a hard one. (The logarithm is
-# concave, so on average (5) is a little too low: its bias.)
+# good as solved, and Vhat no longer tells an easy problem from a hard one. So 0.29 is, on purpose,
+# not the V* of (1) at beta2; section 8 says why it need not be. (The logarithm is concave, so on
+# average (5) is a little too low: its bias.)
 
 
 def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
-    """V^* from the rewards of N reference responses: equation (5). (..., N) -> (...).
+    """Vhat from the rewards of N reference responses: equation (5). (..., N) -> (...).
 
     log mean exp, not the mean of logs; the maximum goes out of the exponent first (that is what
     logsumexp does), so that r/beta1 = 1e6 does not overflow.
@@ -586,26 +555,31 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 
 
 # --- 8. The loss: regression on the optimal advantage ---------------------------------------------
-# Equation (6), once more: make beta2 * log(pi/pi_ref) equal to r - V^*. Everything else in this
+# Equation (6), once more: make beta2 * log(pi/pi_ref) equal to r - Vhat. Everything else in this
 # file serves the three lines of `astarpo_loss`.
 #
-# What does V^* do here? Take the gradient of (6) for a response that the policy drew itself,
-#     2 * beta2 * ( beta2 * log(pi/pi_ref) - r + V^* ) * grad log pi(y|x),
-# and average over y ~ pi. V^* does not depend on y, and the average of grad log pi is zero: V^*
-# drops out. What is left is -2 * beta2 times the gradient of (1) with beta = beta2: on-policy the
-# regression is a policy gradient, and V^* its *baseline*. Any V that does not depend on y leaves
-# the same optimum, pi_ref * exp(r/beta2) / Z; a good one takes variance away: a problem that the
-# reference always solves, or never, has r = V^* and teaches nothing at first. That is why beta1 may
-# differ from beta2, why the bias of (5) with N = 8 does no harm, and why a value pooled over
+# What does Vhat do here? Take the gradient of (6) for a response that the policy drew itself (the
+# drawing is not differentiated),
+#     2 * beta2 * ( beta2 * log(pi/pi_ref) - r + Vhat ) * grad log pi(y|x),
+# and average over y ~ pi. Vhat does not depend on y, and the average of grad log pi is zero (it is
+# sum pi * grad log pi = grad sum pi = grad 1): Vhat drops out. What is left is -2 * beta2 times the
+# gradient of (1) with beta = beta2: on-policy the regression is a policy gradient, and Vhat its
+# *baseline*. Any V that does not depend on y leaves the same optimum, (2) with beta2. What a good
+# one takes away is noise: a problem that the reference always solves, or never, has r = Vhat and
+# moves nothing at first. So, on-policy, stage 1 buys less noise, not correctness. That is why beta1
+# may differ from beta2, why the bias of (5) with N = 8 does no harm, and why a value pooled over
 # problems can stand in for a missing one.
 #
-# It would NOT be so off-policy. Over a fixed set of responses the average of grad log pi is not
-# zero, so V^* stays in the gradient, and the regression bends the policy until its log-ratios fit
-# the wrong V as well as they can. The tests show both on a policy so small that all its responses
-# can be listed.
+# Off-policy it is another matter. Over a fixed set of responses the average of grad log pi is not
+# zero, Vhat stays in the gradient, and the regression bends the policy until its log-ratios fit the
+# wrong V as well as they can; only with the V* of beta2 itself does (4) hold for each response on
+# its own. The tests show both on a policy so small that all its responses can be listed.
+# (--minibatches 2, as in the paper, is off-policy by one small update: little, but not nothing. Our
+# default is 1.)
 #
 # Do not wait for the loss to reach 0. With so small a beta2 the log-ratio's term hardly counts, and
-# what remains is the square of r - V^*: the better the policy, the more often r = 1 > V^*.
+# what remains is the square of r - Vhat: the better the policy, the more often r = 1 > Vhat. The
+# loss may rise while the policy improves; watch the reward.
 #
 # The log-probability of a response is the sum over its tokens, up to and including the token that
 # ends it. The sum, not the mean: (6) speaks of pi(y|x). What we said to the model (prompts,
@@ -634,7 +608,7 @@ LOGITS_AT_A_TIME = 2**26  # in float32: 256 MiB a copy
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row.
-    (`method` is the call itself, but for torchrun's fsdp and --gradient-checkpointing.)"""
+    (Read it as `score_tokens(policy.model, ...)`; `method` serves fsdp and recomputing.)"""
     with policy.active(), method(policy.model, score_tokens) as score:
         return score(ids, scored, temperature)
 
@@ -645,10 +619,10 @@ def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) ->
     No mask is needed: attention looks back only, and the padding comes last.
 
     The large matrix product with the vocabulary is done for the scored places only, and in pieces
-    whose float32 logits are thrown away and computed again in the backward pass: with 152,000
-    words, they would not all fit at once.
+    whose float32 logits are thrown away and computed again in the backward pass: with a vocabulary
+    of 152,000 they would not all fit at once.
     """
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False)  # all but the last matrix
     hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
     targets = ids[:, 1:][scored[:, 1:]]  # (M,)
     head = model.get_output_embeddings()
@@ -672,14 +646,14 @@ def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) ->
 # describes); one that revises only what it did not find correct must learn to judge.
 #
 # For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward
-# is its own (`dialogue_rewards`). Its V^* is that of the problem and its *role*: to solve and to
+# is its own (`dialogue_rewards`). Its Vhat is that of the problem and its *role*: to solve and to
 # judge earn different rewards on average. (The dialogue so far would have a V* of its own, but
-# nobody has N samples of it. Ours, too, is fixed before the turn begins, so section 8 holds.)
+# nobody has N samples of it. Section 8 asks only that Vhat does not depend on the response.)
 ROLES = ("solve", "verify", "revise")
 
 # What a check says is read off its last sentence only, and only in the words that the request asks
-# for ("So" or "But no:" may come before them). A check that wanders on after its verdict has given
-# none: None earns no reward, counts as a miss, and leads to a revision.
+# for ("So" or "But no:" may come before them). A check that wanders on after its verdict has no
+# verdict, None: it earns nothing, and a revision follows.
 VERDICT = re.compile(
     r"""(?:^|[.!?:\n])[\s*"']*(?:(?:so|thus|hence|therefore),?\s+)?[*"']*"""
     r"""the answer is\s+[*"']*(correct|wrong)[*"']*[.!]?[*"']*$""",
@@ -702,7 +676,8 @@ def dialogue_rewards(
 ) -> list[float]:
     """Each turn's reward in the order of the turns: solve, verify, revise, verify, revise, ...
 
-    correct[k]: was attempt k right; verdicts[k]: what check k said of attempt k. As in PAG,
+    correct[k]: was attempt k right (0 is the solve turn, k the k-th revision); verdicts[k]: what
+    the check of attempt k said. As in PAG,
     every turn is paid for what it did itself (no reward flows back from later turns), and a
     revision also for what it changed: breaking a right answer costs alpha, mending earns it.
 
@@ -766,11 +741,11 @@ def next_role(dialogue: Dialogue) -> str | None:
     done = len(dialogue.turns)
     if done > 0 and dialogue.turns[-1].verdict is True:
         return None
-    return "solve" if done == 0 else ("revise", "verify")[done % 2]
+    return "solve" if done == 0 else "verify" if done % 2 else "revise"
 
 
 def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
-    """Say what comes before the same next turn in each dialogue, if something was said before."""
+    """Add the bridge to the next turn; all dialogues stand at the same one. Solve needs none."""
     role = next_role(dialogues[0])
     if role != "solve":
         request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
@@ -781,16 +756,12 @@ def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
 
 @torch.inference_mode()
 def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
-    """The same next turn in each dialogue: what the policy writes, what we read off.
-
-    The key/value cache of earlier turns is gone: a turn reads its dialogue again. To keep it for
-    rows that come and go costs more lines than time.
-    """
+    """Let the policy write the next turn of each dialogue, and read off its answer or verdict. (It
+    reads the dialogue again: to keep the cache of earlier turns costs more lines than time.)"""
     role = next_role(dialogues[0])
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
-    index, number, turn = np.array(counters).T[:, :, None]
+    index, number, turn = np.array(counters).T[:, :, None]  # each (B, 1); L positions below
     u = uniform(config.seed, step, index, number, turn, np.arange(config.max_new_tokens))
-    u = u.reshape(len(dialogues), -1)  # also if it is one number
     responses = sample(policy, [dialogue.ids for dialogue in dialogues], u, config)
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
@@ -814,13 +785,14 @@ def rollout(
 ) -> list[Dialogue]:
     """Play dialogues to their end (or to so many turns), turn by turn; all of them, in order.
 
-    step: which rollout this is, for the random numbers (0: stage 1; k: step k; -1: evaluation).
-    With several processes, `deal` gives each of them its share and `collect` gives all to all.
+    step: which rollout this is, for the random numbers (0: stage 1; step + 1: a training step; -1:
+    evaluation). With one process `deal`, `gathered` and `collect` do nothing; with several, they
+    deal out the dialogues, put fsdp's slices of the weights together, and give all to all.
     """
     most, mine = turns or 1 + 2 * config.revisions, deal(dialogues)
-    with gathered(policy.model):  # fsdp keeps slices of the weights; here they are wanted whole
+    with gathered(policy.model):
         while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
-            ask(policy, going)
+            ask(policy, going)  # those that go on all stand at the same turn
             lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in going]
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
                 play_turn(policy, [going[i] for i in batch], config, step)
@@ -830,14 +802,15 @@ def rollout(
 
 
 # --- 10. Training ---------------------------------------------------------------------------------
-# Stage 1 plays N dialogues about each problem with the reference and keeps V^* for each (problem,
+# Stage 1 plays N dialogues about each problem with the reference and keeps Vhat for each (problem,
 # role). The solve turn has N samples, the verify turn as well; a revision comes only after a check
-# that did not say "correct", so its V^* often rests on one sample or two. If none of the N was
+# that did not say "correct", so its Vhat often rests on one sample or two. If none of the N was
 # revised, the role gets the value of all samples of that role, over all problems: section 8 says
-# why that is harmless. Stage 2 plays one dialogue a problem with the present policy, steps down (6),
-# and starts again with the next problems.
+# why that is harmless. Stage 2 plays one dialogue a problem with the present policy, takes a
+# gradient step on (6), and goes on with the next problems. `Run`, in the appendix, is the run's
+# folder: it keeps and prints what happens, and brings it back after a kill.
 
-Baselines = dict[tuple[int, str], float]  # (problem index, role) -> V^*, in units of reward
+Baselines = dict[tuple[int, str], float]  # (problem index, role) -> Vhat, in units of reward
 
 
 def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run) -> list[Dialogue]:
@@ -845,6 +818,7 @@ def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run
     behind a progress bar (`rollouts`), and the run keeps each part as it comes; those that it has
     already, after a kill or by --v-star, are not played again."""
     numbers = range(config.num_samples)
+    # (Copies of the ids: a dialogue appends to its own.)
     wanted = [Dialogue(p, [*ref.prompt_ids(p)], i) for p in problems for i in numbers]
     dialogues = run.stage_one_so_far(wanted)
     for part in rollouts(ref, wanted[len(dialogues) :], config, 0, "stage 1, V*"):
@@ -854,7 +828,7 @@ def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run
 
 
 def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
-    """V^* of every (problem, role) from the reference's dialogues.
+    """Vhat of every (problem, role) from the reference's dialogues.
 
     --baseline mean takes the mean reward, --baseline zero takes 0: both are right on-policy
     (section 8), and the authors' code has both. Try how fast they learn.
@@ -916,13 +890,13 @@ class Learner:
 
 
 def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> dict[str, float]:
-    """One step down (6), a mean over all turns of all dialogues. Returns what was seen.
+    """One gradient step on (6), a mean over all turns of all dialogues. Returns what was seen.
 
     The dialogues are taken in micro-batches that fit into memory; their gradients add up, each
-    weighted by its share of the turns, so that the sum does not depend on how they were cut.
+    weighted by its share of the turns, so that the sum does not depend on how they were cut. (With
+    several processes `my_share` has the micro-batches of this one, and the gradients are summed.)
     """
     policy, ref, optimizer = learner.policy, learner.ref, learner.optimizer
-    # (This number hangs on the verdicts, so to divide by it is a bias, of the order of 1 / batch.)
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
     seen: dict[str, float] = defaultdict(float)
     for part, weight in my_share(dialogues, config.update_tokens):  # weight: 1, or 0 for a filler
@@ -955,14 +929,25 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
     return seen
 
 
+def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
+    """The `size` problems of `step` (from 0), walking through reshuffled epochs.
+
+    >>> [p.index for p in batch_of_step([Problem(i, "", "") for i in range(3)], 1, 2, seed=0)]
+    [1, 2]
+    """
+    n, places = len(problems), range(step * size, (step + 1) * size)
+    epochs = {place // n for place in places}
+    order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs}
+    return [problems[order[place // n][place % n]] for place in places]
+
+
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary.
 
-    resume: go on with the unfinished run in config.out. `Run`, in the appendix, is its folder: it
-    keeps and prints what happens, and brings it back.
+    resume: go on with the unfinished run in config.out.
     """
-    config = at_temperature(config, 1.0)
     with Run(config, resume) as run:
+        config = run.config  # with a temperature, if none was given
         policy = load_policy(config)
         problems = load_problems(policy, config, "train")
         held_out = load_problems(policy, config, "test")
@@ -975,7 +960,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         dialogues = stage_one(ref, problems, config, run)
         v_star = baselines(dialogues, config)
         problems = run.after_stage_one(dialogues, v_star)  # all, or with --drop-unsolved fewer
-        with policy.active():  # adapters that are off count as frozen
+        with policy.active():  # LoRA's adapters, switched on: others count as frozen
             weights = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
         learner = Learner(policy, ref, v_star, optimizer)
@@ -992,26 +977,27 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 seen = [update(learner, part, config) for part in parts]
             run.tell(dialogues, seen)
             run.check_in(measure)  # now and then: evaluate, keep the best, save a state
-        save_model(policy, run.folder / "checkpoint")
-        return run.finish(before, measure())
+        return run.finish(before, measure)  # save the model, evaluate again, report
 
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
 # Dialogues as in training, but on problems that were never trained on, greedily (temperature 0)
-# unless an option says otherwise. Accuracy is measured twice: acc_t1 of the first attempt, acc_final of the last one. The difference
-# is what checking was worth. A verifier that always says "correct" is right as often as the solver
-# is, so we do not look at its accuracy alone but at the *balanced* one: the mean of how often it is
-# right about right attempts and about wrong ones. A coin has 0.5, and so has any constant verdict.
-# A trained policy makes few mistakes, and its own attempts leave little to be judged; so the verify
-# turn is also scored on a fixed pool of the base's attempts, half of them right, half wrong
-# (`evaluate_pool`). `summarize` counts, and says how sure the numbers are. (The command `eval` is
-# `evaluate`, in the appendix: it loads, calls this, and writes down.)
+# unless an option says otherwise. Accuracy is measured twice: acc_t1 of the first attempt,
+# acc_final of the last one. The difference is what checking was worth. A verifier that always says
+# "correct" is right as often as the solver is, so we do not look at its accuracy alone but at the
+# *balanced* one: the mean of how often it is right about right attempts and about wrong ones. A
+# coin has 0.5, and so has any constant verdict. A trained policy makes few mistakes, and its own
+# attempts leave little to be judged; so the verify turn is also scored on a fixed pool of the
+# reference's attempts, half of them right, half wrong (`evaluate_pool`). `summarize` counts, and
+# says how sure the numbers are; both are in the appendix, like the command `eval`: it loads, calls
+# this, and writes down.
 
 
-def evaluate_policy(
-    policy: Policy, problems: Sequence[Problem], config: Config
-) -> tuple[dict[str, Any], list[Dialogue]]:
-    """Dialogues about held-out problems, K of each unless greedy: (summary, dialogues)."""
+Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
+
+
+def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config) -> Evaluation:
+    """Dialogues about held-out problems, K of each unless greedy."""
     k = config.samples if config.temperature > 0 else 1
     wanted = [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in range(k)]
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
@@ -1219,11 +1205,11 @@ def bridge_text(tokenizer: Any, request: str) -> str:
     """
     question = {"role": "user", "content": "Q"}
     answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA"}
-    with trying("this chat template cannot carry on a dialogue; take another or --revisions 0"):
+    with trying("no later turns are possible (use --revisions 0 or another chat_template)"):
         before = render(tokenizer, [question]) + answer["content"]
         after = render(tokenizer, [question, answer, {"role": "user", "content": request}])
         if not after.startswith(before):
-            raise ValueError("it rewrites earlier turns")
+            raise ValueError("the model's chat template rewrites earlier ones")
     return after[len(before) :]
 
 
@@ -1361,7 +1347,7 @@ def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
         found[kind] = cells.get(name, "")
         if found[kind] is None or (kind == "problem" and not found[kind]):
             columns = f"there are {', '.join(row)}; --{kind}-column names another"
-            raise UsageError(f"{place}: no text in a column '{name}' ({columns})")
+            raise UsageError(f"{place}: no column '{name}' with a text ({columns})")
     answer, solution = found["answer"], cells.get("solution") or ""
     if re.search(r"####|\\boxed", answer) or answer == solution:
         solution, answer = answer, extract_answer(answer) or ""
@@ -2061,6 +2047,15 @@ def agree(a: Node, b: Node, work: Work) -> bool:
     return agreed > 1
 
 
+def verify(text: str | None, gold: str | None) -> bool:
+    r"""Say whether the final answer of `text` equals `gold`: r(x, y) in one call.
+
+    >>> verify(r"Step by step: 282 + 1410 = \boxed{1692}", "1692"), verify("1692", "1692")
+    (True, False)
+    """
+    return is_equiv(extract_answer(text), gold)
+
+
 # --- D. The report --------------------------------------------------------------------------------
 
 
@@ -2072,7 +2067,7 @@ def show(value: float | None, digits: int = 3) -> str:
 def report_stage_one(
     dialogues: Sequence[Dialogue], v_star: Baselines, config: Config, told: set[str]
 ) -> None:
-    """What the reference can do: the distribution of V^*, and how many problems can teach."""
+    """What the reference can do: the distribution of Vhat, and how many problems can teach."""
     solved = scores(dialogues)[:, 0]  # of N samples, for each problem
     values = {role: [v for (_, r), v in v_star.items() if r == role] for role in ROLES}
     counts, tenths = np.histogram(values["solve"], bins=10, range=(0, 1))
@@ -2232,7 +2227,7 @@ def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
 
 
 def wilson(successes: float, n: int) -> list[float]:
-    """95 % interval of a proportion (Wilson 1927): unlike p +- 2 s it is right near 0 and 1, too."""
+    """95 % interval of a proportion (Wilson 1927): unlike p +- 2 s it is right near 0 and 1."""
     z = 1.959964  # the normal distribution has 95 % within +- z
     centre = successes + z * z / 2
     spread = z * math.sqrt(successes * (1 - successes / n) + z * z / 4)
@@ -2261,7 +2256,7 @@ def compare(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, 
 
 
 def majority(answers: Iterable[str | None]) -> str | None:
-    """The commonest answer, where 1/2 and 0.5 are one; the earliest of several; None has no vote."""
+    """The commonest answer, where 1/2 and 0.5 are one; the earliest of several; None is no vote."""
     votes: list[str] = []
     for answer in filter(None, answers):
         votes.append(next((vote for vote in votes if is_equiv(answer, vote)), answer))
@@ -2327,7 +2322,7 @@ PANELS = (  # title, y axis, its limits, (metric, name, colour)...
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[str, list[float]]]:
-    """The metrics of each group of runs, and V^* of their problems by level. Runs that differ in
+    """The metrics of each group of runs, and Vhat of their problems by level. Runs that differ in
     the seed alone are a group, whose name says what makes it unlike the others."""
     runs, v_star = [], defaultdict(list)
     for folder in folders:
@@ -2478,8 +2473,10 @@ class Run:
     """The folder of a training run: what happens is written there, and read back by --resume."""
 
     def __init__(self, config: Config, resume: bool) -> None:
-        check_options(config, "train")
-        self.config, self.resumed = config, resume
+        if resume and Path(config.out, "v_star.jsonl").exists():
+            config = dataclasses.replace(config, v_star="")  # it has its own copy
+        self.config, self.resumed = at_temperature(config, 1.0), resume
+        check_options(self.config, "train")
         self.folder = Path(config.out) if resume else first(lambda: new_folder(config.out))
         self.metrics: list[dict[str, Any]] = []  # of the steps so far
         self.evaluations: list[dict[str, Any]] = []  # of --eval-every
@@ -2553,8 +2550,8 @@ class Run:
 
     def steps(self, learner: Learner) -> Iterator[int]:
         """The steps that are still to be done; the learner is brought back to where they begin."""
-        self.learner = learner
         self.restore(learner.policy, learner.optimizer)
+        self.learner = learner  # from here on an error keeps its model
         with progress("stage 2", self.config.steps, len(self.metrics)) as self.bar:
             yield from range(len(self.metrics), self.config.steps)
 
@@ -2589,7 +2586,7 @@ class Run:
         self.send(metrics)
         diagnose(self.metrics, self.config, self.told)
 
-    def check_in(self, measure: Callable[[], tuple[dict[str, Any], list[Dialogue]]]) -> None:
+    def check_in(self, measure: Callable[[], Evaluation]) -> None:
         """--eval-every: a line of eval.jsonl, and in best/ the model of the best acc_final so far.
         --save-every: a state to go on from."""
         step = len(self.metrics)
@@ -2648,17 +2645,15 @@ class Run:
         if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)
 
-    def finish(
-        self,
-        before: tuple[dict[str, Any], list[Dialogue]],
-        after: tuple[dict[str, Any], list[Dialogue]],
-    ) -> dict[str, Any]:
-        """Report. Returns the summary."""
+    def finish(self, before: Evaluation, measure: Callable[[], Evaluation]) -> dict[str, Any]:
+        """Save the model, evaluate it, report. Returns the summary."""
+        save_model(self.learner.policy, self.folder / "checkpoint")
+        after, dialogues = measure()
         kl = recent(self.metrics).get("kl") or 0.0
-        summary = {"before": before[0], "after": after[0], "kl": kl}
-        write_rows(self.folder / "eval_results.jsonl", map(to_row, after[1]))
+        summary = {"before": before[0], "after": after, "kl": kl}
+        write_rows(self.folder / "eval_results.jsonl", map(to_row, dialogues))
         write_rows(self.folder / "summary.json", [summary], indent=2)
-        report_training(summary, before[1], after[1])
+        report_training(summary, before[1], dialogues)
         if is_first():
             draw(self.folder)
         print(f"\nwritten to {self.folder}: checkpoint/, metrics.jsonl, summary.json, ...")
@@ -2821,6 +2816,15 @@ def switch_adapters(model: Any, on: bool) -> None:
     if getattr(model, "adapters_on", True) != on:  # it walks over all layers
         model.enable_adapters() if on else model.disable_adapters()
         model.adapters_on = on
+
+
+class Cache(DynamicCache):
+    """Under autocast, rotated keys come in float32, though they are multiplied in half precision;
+    kept like that, they and the values beside them would take twice the memory."""
+
+    def update(self, keys: Tensor, values: Tensor, *place: Any, **more: Any) -> Any:
+        """Add those of the next tokens."""
+        return super().update(keys.to(values.dtype), values, *place, **more)
 
 
 def blocks(model: Any) -> list[Any]:
