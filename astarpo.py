@@ -1168,8 +1168,8 @@ def load_policy(config: Config) -> Policy:
     ends = turn_ends(model, tokenizer)
     policy = Policy(model.to(device), tokenizer, ends, device, dtype, scaler=scaler)
     check_model(config.model, policy)
-    print(f"{config.model}: {millions:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
-    print(f"{torch.get_num_threads()} CPU thread(s); a turn ends with {tokenizer.decode(ends)}")
+    print(f"{config.model}: {millions:,.1f}M parameters, {device}, {str(dtype)[6:]}, ", end="")
+    print(f"{torch.get_num_threads()} thread(s); a turn ends with {tokenizer.decode(ends)}")
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
@@ -1274,7 +1274,7 @@ def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
         print(f"{source}: {len(strange)} answers can only be met word for word, as", strange[:2])
     print(f"{source}: {len(taken)} of {len(kept) + left_out.total()} problems{why}. For example:")
     for problem in taken[:2]:
-        print(f"  {textwrap.shorten(problem.problem, 60)} -> {problem.answer[:16]}")
+        print(f"  {textwrap.shorten(problem.problem, 56)} -> {problem.answer[:16]}")
     return taken
 
 
