@@ -101,8 +101,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -112,7 +114,6 @@ import sys
 import textwrap
 import time
 import types
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -146,7 +146,6 @@ from transformers import (
     DynamicCache,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 
@@ -1019,6 +1018,29 @@ class RunError(Exception):
     """Something failed under way: one sentence, exit status 1."""
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error of another library says."""
+    cause = error.__cause__ or error
+    return str(cause).strip().split("\n")[0][:300] or type(cause).__name__
+
+
+@contextlib.contextmanager
+def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
+    """Let other libraries work without a word of theirs between our lines. Whatever they raise (each
+    has its own kinds, dozens of them) becomes one sentence that begins with `what`."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars and warnings
+            yield
+    except (UsageError, RunError, ModuleNotFoundError, torch.OutOfMemoryError):
+        raise  # for these there are better words
+    except Exception as error:
+        raise kind(f"{what}: {reason_of(error)}") from error
+    finally:
+        logging.disable(before)
+
+
 SHOWN = {  # metric: its name on the progress line
     "loss": "loss", "acc_t1": "t1", "acc_final": "final", "verifier_balanced_acc": "verify",
     "kl": "kl",
@@ -1028,10 +1050,8 @@ SHOWN = {  # metric: its name on the progress line
 def progress(label: str, total: int, done: int = 0) -> tqdm:
     """A bar on a terminal, nothing elsewhere."""
     shape = "{desc:<11} {n_fmt}/{total_fmt} |{bar}| {postfix}{elapsed}<{remaining}"
-    return tqdm(
-        total=total, initial=done, desc=label, file=sys.stdout, disable=None, ncols=79,
-        bar_format=shape,
-    )  # fmt: skip
+    options = {"file": sys.stdout, "disable": None, "ncols": 79, "bar_format": shape}
+    return tqdm(total=total, initial=done, desc=label, **options)
 
 
 def check_options(config: Config, command: str) -> None:
@@ -1067,23 +1087,26 @@ def at_temperature(config: Config, default: float) -> Config:
 # --- B. Loading and saving ------------------------------------------------------------------------
 
 
-def local(path: str) -> Path:
-    """`path` as it is or, if there is nothing, beside this file (where data/ lies)."""
-    return Path(path) if Path(path).exists() or not (HERE / path).exists() else HERE / path
+def local(name: str) -> Path:
+    """A file or folder, here or beside this file (where data/ lies); else a hub id: owner/name."""
+    for path in (Path(name), HERE / name):
+        if path.exists():
+            return path
+    if name.count("/") != 1:
+        raise UsageError(f"{name}: no such file or folder")
+    return Path(name)
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """'auto' takes the GPU if there is one, and bfloat16 where the GPU has it, else float16."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if ":" in device and dist.is_initialized():
-        raise UsageError(
-            f"under torchrun each process takes a GPU of its own: not --device {device}"
-        )
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
-    if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: this machine has no such GPU; use --device cpu")
+    with trying(f"--device {device}"):
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ValueError("it must be auto, cpu, cuda or cuda:N")
+        if ":" in device and dist.is_initialized():
+            raise ValueError("under torchrun each process takes a GPU of its own")
+        torch.empty(0, device=device)
     if dtype == "auto":
         bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "float32" if device == "cpu" else "bfloat16" if bf16 else "float16"
@@ -1096,74 +1119,36 @@ PLAIN_TEMPLATE = (
 )
 
 
-def reason_of(error: BaseException) -> str:
-    """The first line of what an error of another library says."""
-    cause = error.__cause__ or error
-    return str(cause).strip().split("\n")[0][:300] or type(cause).__name__
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and warnings of other libraries between our lines."""
-    before = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            yield
-    finally:
-        logging.set_verbosity(before[0])
-        hub_logging.set_verbosity(before[1])
-        if before[2]:
-            logging.enable_progress_bar()
-
-
 def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder or the hub; a LoRA checkpoint is merged into its base.
-
-    Raises UsageError, in one sentence, for whatever is wrong with it.
-    """
+    """(model, tokenizer) from a folder or the hub; a LoRA checkpoint is merged into its base."""
     path = local(name)
     path = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # the folder of a run
     if path.exists():
         path = path.resolve()  # an adapter's checkpoint remembers where its base lies
-    elif name.count("/") != 1:  # a hub id is owner/name
-        raise UsageError(f"--model {name}: no such folder")
     else:
         print(f"{name} is no folder here: looking on the Hugging Face hub")
-    adapted = (path / "adapter_config.json").is_file()
-    if path.exists() and not adapted and not (path / "config.json").is_file():
-        raise UsageError(f"--model {name}: no config.json there, so this is no model folder")
-    if adapted:
-        import peft  # outside of the `try`: if it is missing, `main` says so
     options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-            if adapted:
-                model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
-                model, info = model.merge_and_unload(), {"missing_keys": []}
-                model.had_adapters = True
-            else:
-                model, info = AutoModelForCausalLM.from_pretrained(
-                    str(path), output_loading_info=True, **options
-                )
+    with trying(f"--model {name} cannot be loaded"):
+        if (path / "adapter_config.json").is_file():
+            import peft
+
+            model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
+            model, info = model.merge_and_unload(), {"missing_keys": []}
+            model.had_adapters = True
+        else:
+            options["output_loading_info"] = True
+            model, info = AutoModelForCausalLM.from_pretrained(str(path), **options)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"its weights lack {len(missing)} tensors ({missing[0]}…)")
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):
+            raise ValueError(f"{len(tokenizer)} tokens, but embeddings of {rows} only")
         if tokenizer.chat_template is None:
             print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
             tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN_TEMPLATE
-        prompt = render(tokenizer, [{"role": "user", "content": "What is 2 + 3?"}])
-    except Exception as error:  # transformers, safetensors and the hub each have their own kinds
-        where = "cannot be loaded" if path.exists() else "is no folder here, nor on the hub"
-        raise UsageError(f"--model {name} {where}: {reason_of(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise UsageError(f"--model {name}: its weights lack {len(missing)} tensors ({missing[0]}…)")
-    if not encode(tokenizer, "1 + 1 = 2"):  # transformers makes an empty one up if there is none
-        raise UsageError(f"--model {name}: no tokenizer there")
-    if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):
-        raise UsageError(f"--model {name}: {len(tokenizer)} tokens, but embeddings of {rows} only")
-    if "2 + 3?" not in prompt:
-        raise UsageError(f"--model {name}: its chat template drops what the user says")
+        prompt = encode(tokenizer, render(tokenizer, [{"role": "user", "content": "2 + 3?"}]))
+        if "2 + 3" not in tokenizer.decode(prompt):  # without its files a tokenizer comes empty
+            raise ValueError("no tokenizer, or a chat template that drops what the user says")
     return model.eval(), tokenizer
 
 
@@ -1174,45 +1159,40 @@ def load_policy(config: Config) -> Policy:
     if half and config.parallel == "fsdp" and world()[1] > 1:
         raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
     model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     # A tiny model is faster on one core: handing out its small products costs more than they do,
     # and next to a busy process the cores wait for each other (seen: 20 times slower).
-    torch.set_num_threads(config.threads or (1 if size < 10 else os.cpu_count() or 1))
+    torch.set_num_threads(config.threads or (1 if millions < 10 else os.cpu_count() or 1))
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
     ends = turn_ends(model, tokenizer)
     policy = Policy(model.to(device), tokenizer, ends, device, dtype, scaler=scaler)
     check_model(config.model, policy)
-    print(f"{config.model}: {size:,.1f}M parameters, on {device} in {str(dtype)[6:]}, ", end="")
-    print(f"{torch.get_num_threads()} CPU thread(s); a turn ends with {tokenizer.decode(ends)}")
+    print(f"{config.model}: {millions:,.1f}M parameters, {device}, {str(dtype)[6:]}, ", end="")
+    print(f"{torch.get_num_threads()} thread(s); a turn ends with {tokenizer.decode(ends)}")
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UsageError(f"--model {config.model} knows no --gradient-checkpointing")
-        policy.model.activation_checkpointing_enable({"use_reentrant": False})
+        with trying(f"--model {config.model} goes not with --gradient-checkpointing"):
+            model.activation_checkpointing_enable()
     return policy
 
 
-def markers(tokenizer: Any) -> list[str]:
-    """The special tokens, such as <|end|>, as text."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
 def without_markers(tokenizer: Any, text: str) -> str:
-    """The text with its markers split: in what people write they are words like any other."""
-    for marker in markers(tokenizer):
-        text = text.replace(marker, marker[0] + " " + marker[1:])
+    """The text with markers such as <|end|> split: in what people write they are mere words."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            text = text.replace(token.content, token.content[0] + " " + token.content[1:])
     return text
 
 
 def turn_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """What ends a response: what model and tokenizer are configured with, and the marker that the
     chat template writes after an answer (base models are often configured with another one)."""
-    ends = model.generation_config.eos_token_id
-    found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])}
+    found = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id).tolist()}
     with contextlib.suppress(UsageError):  # without verify turns any template will do
         after = encode(tokenizer, bridge_text(tokenizer, "Q"))[0]
-        found |= {after} if tokenizer.decode([after]) in markers(tokenizer) else set()
+        marker = tokenizer.added_tokens_decoder.get(after)
+        found |= {after} if marker and marker.special else set()
     return tuple(sorted(found - {None}))
 
 
@@ -1223,65 +1203,46 @@ def bridge_text(tokenizer: Any, request: str) -> str:
     thoughts): the policy would then be scored on a text that it did not write.
     """
     question = {"role": "user", "content": "Q"}
-    answer = "<think>\nhm\n</think>\n\nA"
-    asked = [question, {"role": "assistant", "content": answer}]
-    way_out = "; give the tokenizer another chat_template, or use --revisions 0"
-    try:
-        before = render(tokenizer, [question]) + answer
-        after = render(tokenizer, [*asked, {"role": "user", "content": request}])
-    except Exception as error:  # a template is a program
-        raise UsageError(f"the model's chat template fails: {reason_of(error)}{way_out}") from error
-    if not after.startswith(before):
-        raise UsageError(
-            "this model's chat template rewrites earlier turns, so later turns cannot extend the "
-            f"same tokens{way_out}"
-        )
+    answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA"}
+    with trying("no later turns are possible (use --revisions 0 or another chat_template)"):
+        before = render(tokenizer, [question]) + answer["content"]
+        after = render(tokenizer, [question, answer, {"role": "user", "content": request}])
+        if not after.startswith(before):
+            raise ValueError("the model's chat template rewrites earlier ones")
     return after[len(before) :]
 
 
 @torch.no_grad()
 def check_model(name: str, policy: Policy) -> None:
     """Two things that the lesson takes for granted, tried on a few tokens: that prompts of unequal
-    length can share a key/value cache whose rows come and go (`sample`), and that logits are the
-    decoder's output times the head (`token_logps`). Raises UsageError."""
-    model, vocabulary = policy.model, policy.model.get_input_embeddings().weight.shape[0]
-    short, long = torch.arange(2 * 8, device=policy.device).reshape(2, 8) * 7 % vocabulary
-    ids = torch.stack([F.pad(short[:4], (2, 0)), long[:6]])  # (2, 6), the first one has padding
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6], device=policy.device)
-    rows = torch.tensor([1, 0, 0], device=policy.device)
-    same = [long, short[:6], short[:6]]
-    try:
-        with policy.active():
-            cache = Cache(config=model.config)
-            read(model, ids, mask, cache)
-            cache.batch_select_indices(rows)
-            for place in (0, 1):
-                mask = F.pad(mask[rows] if place == 0 else mask, (0, 1), value=1)
-                token = torch.stack([long[6 + place], *[short[4 + place]] * 2])
-                cached = read(model, token[:, None], mask, cache)
-            plain = torch.stack([model(input_ids=text[None]).logits[0, -1] for text in same])
-            hidden = [model.get_decoder()(input_ids=text[None]).last_hidden_state for text in same]
-            apart = torch.stack([model.get_output_embeddings()(h)[0, -1] for h in hidden])
-        scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * plain.float().std()
-        wrong = [(x.float() - plain.float()).abs().max() > scale for x in (cached, apart)]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # what an architecture cannot do, it says in many ways
-        raise UsageError(f"--model {name}: cannot be sampled here ({reason_of(error)})") from error
-    if wrong[0]:
-        raise UsageError(f"--model {name}: with a key/value cache it computes something else")
-    if wrong[1]:
-        raise UsageError(f"--model {name}: its logits are not its head's (a soft cap?)")
+    length can share a key/value cache whose rows move (`sample`), and that logits are the decoder's
+    output times the head (`score_tokens`). Raises UsageError."""
+    model, head = policy.model, policy.model.get_output_embeddings()
+    text = torch.arange(8, device=policy.device) * 7 % len(model.get_input_embeddings().weight)
+    whole, later = text[None], text[None, 2:]  # (1, 8), (1, 6)
+    ids, mask = torch.stack([text, text]), torch.ones_like(text).repeat(2, 1)  # (2, 8)
+    mask[0, :2] = 0  # the first row is `later`: the rest of it is padding
+    with trying(f"--model {name} cannot be sampled here"), policy.active():
+        cache = Cache(config=model.config)
+        read(model, ids[:, :7], mask[:, :7], cache)
+        cache.batch_select_indices(torch.tensor([1, 0], device=policy.device))
+        cached = read(model, ids[:, 7:], mask.flip(0), cache)  # (2, V): of `whole`, of `later`
+        plain = torch.cat([model(input_ids=t).logits[:, -1].float() for t in (whole, later)])
+        apart = head(model.get_decoder()(input_ids=whole).last_hidden_state[:, -1]).float()
+        scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * plain.std()
+        if (cached - plain).abs().max() > scale:
+            raise ValueError("with a key/value cache it computes something else")
+        if (apart - plain[:1]).abs().max() > scale:
+            raise ValueError("its logits are not its head's (a soft cap?)")
 
 
 def weights_hash(model: Any) -> str:
     """Which weights are these? A hash over every tensor, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if "lora_" in name:  # adapters start as nothing: which nothing does not matter
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if "lora_" not in name:  # adapters start as nothing: which nothing does not matter
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -1289,9 +1250,8 @@ def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
     """The problems of --train-data (split "train") or --eval-data ("test"), each once, less those
     without an answer and those that are too long."""
     check_context(policy, config)
-    source, limit = config.eval_data, config.eval_limit
-    if split == "train":
-        source, limit = config.train_data, config.train_limit
+    source = {"train": config.train_data, "test": config.eval_data}[split]
+    limit = {"train": config.train_limit, "test": config.eval_limit}[split]
     kept: dict[str, Problem] = {}
     left_out: Counter[str] = Counter()
     for index, (place, row) in enumerate(read_rows(source, split)):
@@ -1304,19 +1264,16 @@ def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
             left_out[f"are longer than --max-prompt-tokens {config.max_prompt_tokens}"] += 1
         else:
             kept[problem.problem] = problem
-    n = len(kept) + left_out.total()
-    for why, count in left_out.items():
-        print(f"{source}: {count} of {n} problems {why} and are left out")
+    why = "".join(f"; {count} {reason}" for reason, count in left_out.items())
     if not kept:
-        columns = f" (there are the columns {', '.join(row)})" if n else ""
-        raise UsageError(f"{source} holds no problems that can be used{columns}")
+        columns = f"; there are the columns {', '.join(row)}" if left_out else ""
+        raise UsageError(f"{source} holds no problems that can be used{why}{columns}")
     taken = [*kept.values()][: limit or None]
     if strange := [problem.answer for problem in taken if not readable(problem.answer)]:
         print(f"{source}: {len(strange)} answers can only be met word for word, as", strange[:2])
-    print(f"{source}: {len(taken)} of {n} problems, such as")
+    print(f"{source}: {len(taken)} of {len(kept) + left_out.total()} problems{why}. For example:")
     for problem in taken[:2]:
-        text = " ".join(problem.problem.split())
-        print(f"  {text[:56]}{'...' * (len(text) > 56)} -> {problem.answer[:16]}")
+        print(f"  {textwrap.shorten(problem.problem, 56)} -> {problem.answer[:16]}")
     return taken
 
 
@@ -1332,10 +1289,9 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
                     row = json.loads(line if whole or line.endswith("\n") else "")
                     json.dumps(row, ensure_ascii=False).encode()  # no broken UTF-8, no lone \ud800
                 except (ValueError, RecursionError) as error:
-                    if not whole:
-                        print(f"{place}: cut off; it and what follows is done again")
-                        return
-                    raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error
+                    if whole:
+                        raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error
+                    return print(f"{place}: cut off; it and what follows is done again")
                 yield place, row
 
 
@@ -1346,20 +1302,14 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     main or default, as GSM8K has it, that one alone: the others tell the same problems again.
     """
     path = local(source)
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if path.is_file() and (path.suffix != ".gz" and kind not in ("json", "parquet", "csv")):
+    kind = path.name.removesuffix(".gz").rpartition(".")[2].replace("jsonl", "json")
+    if path.is_file() and path.suffix not in (".gz", ".json", ".parquet", ".csv"):
         yield from read_jsonl(path)
         return
-    if not path.exists() and source.count("/") != 1:  # a hub id is owner/name
-        raise UsageError(f"{source}: no such file or folder")
     import datasets
 
-    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told below, once
-    try:
+    with trying(f"{source} cannot be read"):
         if path.is_file():
-            kind = "json" if kind == "jsonl" else kind
             parts = [datasets.load_dataset(kind, data_files=str(path))]
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             parts = [datasets.load_from_disk(str(path))]
@@ -1367,19 +1317,11 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
             names = datasets.get_dataset_config_names(str(path))
             names = [name for name in names if name in ("main", "default")][:1] or names
             parts = [datasets.load_dataset(str(path), name) for name in names]
-    except Exception as error:  # `datasets` has dozens of kinds; the first line says what it is
-        what = "cannot be read" if path.exists() else "is no file or folder here, nor on the hub"
-        raise UsageError(f"{source} {what}: {reason_of(error)}") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
     for part in parts:
-        if isinstance(part, dict):
-            split = next((name for name in (split, "train", "test") if name in part), [*part][0])
-            part = part[split]
-        for number, row in enumerate(part):
-            yield f"{source}, {split} row {number}", row
+        splits = part if isinstance(part, dict) else {split: part}
+        name = next(name for name in (split, "train", "test", *splits) if name in splits)
+        for number, row in enumerate(splits[name]):
+            yield f"{source}, {name} row {number}", row
 
 
 # What others call the columns of MATH's schema.
@@ -1395,53 +1337,47 @@ def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
     """
     if not isinstance(row, dict):
         raise UsageError(f"{place}: not a JSON object")
-    cells = {name.lower(): value for name, value in row.items()}
+    cells = {name.lower(): text_of(cell) for name, cell in row.items()}
     found = {}
-    for kind, names in COLUMNS.items():
-        if named := getattr(config, f"{kind}_column").lower():
-            names = (named,)
-        there = [name for name in names if cells.get(name) not in (None, "", [])]
-        if not there and (named not in ("", *cells) or kind == "problem"):
-            raise UsageError(
-                f"{place}: no column '{named or kind}' with a text (there are {', '.join(row)}); "
-                f"--{kind}-column names another"
-            )
-        found[kind] = text_of(cells[there[0]]) if there else ""
-        if found[kind] is None:
-            raise UsageError(
-                f"{place}: '{there[0]}' is a {type(cells[there[0]]).__name__}, no text"
-            )
-    answer, solution = found["answer"], text_of(cells.get("solution")) or ""
+    for kind, usual in COLUMNS.items():
+        named = getattr(config, f"{kind}_column").lower()
+        names = (named,) if named else usual
+        name = next((name for name in names if cells.get(name, "") != ""), names[0])
+        found[kind] = cells.get(name, "")
+        if found[kind] is None or (kind == "problem" and not found[kind]):
+            columns = f"there are {', '.join(row)}; --{kind}-column names another"
+            raise UsageError(f"{place}: no column '{name}' with a text ({columns})")
+    answer, solution = found["answer"], cells.get("solution") or ""
     if re.search(r"####|\\boxed", answer) or answer == solution:
         solution, answer = answer, extract_answer(answer) or ""
     if listed := re.fullmatch(r"\[\s*(['\"])([^'\"]*)\1\s*\]", answer):  # "['5']"
         answer = listed[2]
-    if not readable(answer) and readable(single := answer.replace("\\\\", "\\")):
-        answer = single
-    digits = re.search(r"\d+", str(cells.get("level")))
-    subject = cells.get("subject", cells.get("type")) or ""
+    if not readable(answer):  # its backslashes may be doubled
+        answer = answer.replace("\\\\", "\\")
+    digits = re.search(r"\d+", cells.get("level") or "")
     level = int(digits[0]) if digits else None
-    return Problem(index, found["problem"], answer, solution, level, str(subject))
+    subject = cells.get("subject") or cells.get("type") or ""
+    return Problem(index, found["problem"], answer, solution, level, subject)
 
 
 def text_of(cell: Any) -> str | None:
     """The text in a cell: of a number, of the only element of a list, of a chat's last message by
-    the user, of verl's {"ground_truth": ...}; None for what is none of these."""
-    if isinstance(cell, list) and cell and all(isinstance(part, dict) for part in cell):
-        cell = next((m.get("content") for m in cell[::-1] if m.get("role") == "user"), None)
+    the user, of verl's {"ground_truth": ...}; '' if it is empty, None for what is none of these."""
+    if isinstance(cell, list) and all(isinstance(part, dict) for part in cell):
+        cell = next((part.get("content") for part in cell[::-1] if part.get("role") == "user"), "")
     if isinstance(cell, dict):
-        cell = cell.get("ground_truth")
+        cell = cell.get("ground_truth", cell)
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
-    return str(cell) if type(cell) in (int, float, str) else None
+    return "" if cell is None else str(cell) if type(cell) in (int, float, str) else None
 
 
 def check_context(policy: Policy, config: Config) -> None:
     """The longest possible dialogue must fit into the model's context."""
-    longest = config.max_prompt_tokens + config.max_new_tokens
-    if config.revisions:
-        bridges = sum(len(policy.bridge_ids(p, False)) for p in (VERIFY_PROMPT, REVISE_PROMPT))
-        longest += config.revisions * (2 * config.max_new_tokens + bridges)
+    requests = [VERIFY_PROMPT, REVISE_PROMPT] * config.revisions
+    bridges = sum(len(policy.bridge_ids(request, ended=False)) for request in requests)
+    responses = (1 + len(requests)) * config.max_new_tokens
+    longest = config.max_prompt_tokens + responses + bridges
     context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
     if longest > context:
         raise UsageError(
@@ -1452,17 +1388,22 @@ def check_context(policy: Policy, config: Config) -> None:
 
 @contextlib.contextmanager
 def whole_or_not(path: Path, mode: str = "w") -> Iterator[Any]:
-    """A file to write that takes its place, on the disk, only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file to write, or a folder (mode "folder") to fill, that takes its place, on the disk, only
+    when it is complete."""
     partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
-        raise RunError(f"{path} cannot be written ({error})") from error
-    partial.replace(path)
+    with trying(f"{path} cannot be written", RunError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if mode == "folder":
+            yield partial
+        else:
+            with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+        for written in filter(Path.is_file, [partial, *partial.rglob("*")]):
+            with written.open("r+b") as file:
+                os.fsync(file.fileno())
+        if path.is_dir():  # an earlier best/
+            shutil.rmtree(path)
+        partial.replace(path)
 
 
 def write_rows(
@@ -1488,24 +1429,13 @@ def to_dialogue(row: dict[str, Any]) -> Dialogue:
 
 
 def save_model(policy: Policy, folder: Path) -> None:
-    """An ordinary Hugging Face folder (with LoRA: of the adapters), written beside its place and
-    then renamed."""
+    """An ordinary Hugging Face folder (with LoRA: of the adapters)."""
     dealt_out = isinstance(policy.model, FSDPModule)  # by fsdp; else the model has its own whole
     weights = get_model_state_dict(policy.model, options=WHOLE) if dealt_out else None
-    if world()[0]:
-        return
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        with quiet():
+    if is_first():
+        with whole_or_not(folder, "folder") as partial:
             policy.model.save_pretrained(partial, state_dict=weights)
             policy.tokenizer.save_pretrained(partial)
-        for file in partial.iterdir():
-            with file.open("r+b") as there:  # on the disk before the name is
-                os.fsync(there.fileno())
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier best/
-        partial.rename(folder)
-    except Exception as error:  # safetensors has a kind of its own for a full disk
-        raise RunError(f"the model cannot be saved in {folder}: {error}") from error
 
 
 # --- C. The algebra of answers --------------------------------------------------------------------

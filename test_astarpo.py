@@ -312,7 +312,7 @@ def test_what_is_sampled_in_a_batch_is_what_a_plain_forward_gives(kind, temperat
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_model_with_another_memory_or_a_soft_cap_is_refused_in_one_sentence(kind):
-    with pytest.raises(A.UsageError, match=f"^--model {kind}: .*(soft cap|cannot be sampled).*$"):
+    with pytest.raises(A.UsageError, match=f"^--model {kind} cannot be sampled here: .*$"):
         A.check_model(kind, bare(random_model(kind)))
 
 
@@ -1528,9 +1528,9 @@ LONG_LINE = b'{"problem": "%s", "answer": "2"}\n' % (b"long " * 400)
         ("a.jsonl", b'{"problem": "1 + \\ud800?", "answer": "2"}\n', "line 1: not JSON in UTF-8"),
         ("a.jsonl", b'{"problem": "\xff", "answer": "2"}\n', "line 1: not JSON in UTF-8"),
         ("a.jsonl", b"[" * 99999 + b"\n", "line 1: not JSON"),
-        ("a.jsonl", b'{"problem": "1 + 1?"}\n', r"holds no problems .*the columns problem\)"),
+        ("a.jsonl", b'{"problem": "1 + 1?"}\n', r"holds no problems .*the columns problem$"),
         ("a.jsonl", b'{"answer": "2"}\n', "line 1: no column 'problem' with a text"),
-        ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', "line 1: 'problem' is a dict, no text"),
+        ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', "line 1: no column 'problem' with a text"),
         ("a.jsonl", b'{"problem": "1 + 1?", "answer": ""}\n', "holds no problems that can be used"),
         ("a.jsonl", b"[1]\n", "line 1: not a JSON object"),
         ("a.jsonl", LONG_LINE, "holds no problems that can be used"),
@@ -1556,7 +1556,7 @@ def test_bad_data_names_the_file_and_the_line(name, content, complaint, tmp_path
         (lambda model: os.truncate(model / "model.safetensors", 50_000), "cannot be loaded"),
         (lambda model: (model / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda model: [f.unlink() for f in model.glob("*token*")], "no tokenizer"),
-        (lambda model: (model / "config.json").unlink(), "no config.json there"),
+        (lambda model: (model / "config.json").unlink(), "model_type"),
     ],
 )
 def test_a_broken_model_is_one_sentence_and_leaves_no_folder(damage, complaint, tmp_path, capsys):
@@ -1645,7 +1645,7 @@ BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
         ("train --temperature 0", "greedy"),
         ("train --train-data nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("train --problem-column tsak", "line 1: no column 'tsak' with a text (there are "),
-        ("train --model nowhere", "nowhere: no such folder"),
+        ("train --model nowhere", "nowhere: no such file"),
         ("train --device cuda:77", "cuda:77"),
         ("train --device abacus", "abacus"),
         ("train --v-star nowhere.jsonl", "no such file"),
@@ -1654,7 +1654,7 @@ BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
         ("train --max-new-tokens 5000", "the model's context has"),
         ("eval --model data/base --max-new-tokens 5000", "the model's context has"),
         ("eval --model data/base --samples 4", "--samples above 1 needs --temperature"),
-        ("eval --model data/base --compare nowhere", "nowhere: no such folder"),
+        ("eval --model data/base --compare nowhere", "nowhere: no such file"),
         ("solve 1+1 --model data/base --max-new-tokens 5000", "the model's context has"),
         ("solve ", "the problem is empty"),
         ("solve \n", "the problem is empty"),
@@ -2169,8 +2169,8 @@ def test_two_processes_make_the_run_of_one_also_when_one_of_them_is_killed(
 @pytest.mark.parametrize(
     "command, complaint",
     [
-        ("eval --model nowhere", "nowhere: no such folder"),
-        ("eval --model data/base --device cuda:0", "takes a GPU of its own: not --device cuda:0"),
+        ("eval --model nowhere", "nowhere: no such file"),
+        ("eval --model data/base --device cuda:0", "cuda:0: under torchrun each process"),
         ("train --resume nowhere", "holds no unfinished run"),
         ("train --out /dev/null/x", "cannot be written"),
         ("train --steps many", "invalid int value: 'many'"),
