@@ -1048,8 +1048,8 @@ SHOWN = {  # metric: its name on the progress line
 
 
 def progress(label: str, total: int, done: int = 0) -> tqdm:
-    """A bar on a terminal, nothing elsewhere."""
-    shape = "{desc:<11} {n_fmt}/{total_fmt} |{bar}| {postfix}{elapsed}<{remaining}"
+    """A line that says how far we are, on a terminal; nothing elsewhere."""
+    shape = "{desc} {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
     options = {"file": sys.stdout, "disable": None, "ncols": 79, "bar_format": shape}
     return tqdm(total=total, initial=done, desc=label, **options)
 
@@ -2580,7 +2580,7 @@ class Run(contextlib.AbstractContextManager):
         self.metrics.append(metrics)
         write_rows(self.folder / "metrics.jsonl", [metrics], append=True)
         numbers = " ".join(f"{name} {show(metrics[key], 2)}" for key, name in SHOWN.items())
-        self.bar.set_postfix_str(numbers + " ", refresh=False)
+        self.bar.set_postfix_str(numbers, refresh=False)
         self.bar.update()
         if self.bar.disable and step * 10 // steps > (step - 1) * 10 // steps:
             print(f"stage 2 {step}/{steps}  {numbers}", flush=True)
@@ -2623,13 +2623,9 @@ class Run(contextlib.AbstractContextManager):
         """Go back to the state, if there is one: what was written after it is done again."""
         path = self.folder / "state.pt"
         if first(path.exists):
-            try:
+            with trying(f"{path} is damaged (remove it, and --resume begins stage 2 again)"):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 self.metrics, self.evaluations = state["metrics"], state["evaluations"]
-            except Exception as error:
-                remedy = "remove it, and --resume begins stage 2 again"
-                why = f"is damaged or of another version ({reason_of(error)})"
-                raise UsageError(f"{path} {why}: {remedy}") from error
             print(f"going on after step {len(self.metrics)}")
             saved = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
             set_state_dict(policy.model, optimizer, **saved, options=WHOLE)
