@@ -2289,9 +2289,11 @@ def test_top_p_keeps_the_smallest_set_of_likeliest_tokens(base, problems):
         assert sorted(set(tokens.tolist())) == kept
     halves = A.pick(logits, u, 1.0, 0.65)
     assert (halves == 1).double().mean().item() == pytest.approx(4 / 7, abs=0.02)
-    config, narrow = A.Config(max_new_tokens=30), dataclasses.replace(base, top_p=1e-6)
-    greedy = A.rollout(base, problems, config, 1, temperature=0.0)
-    assert [d.ids for d in A.rollout(narrow, problems, config, 1)] == [d.ids for d in greedy]
+    greedy, narrow = (
+        played(base, problems, max_new_tokens=30, **how)
+        for how in ({"temperature": 0.0}, {"top_p": 1e-6})
+    )
+    assert [d.ids for d in narrow] == [d.ids for d in greedy]
 
 
 def test_eval_samples_votes_and_compares(finished, tmp_path, capsys):
@@ -2383,12 +2385,13 @@ def test_a_fall_of_the_accuracy_is_told_from_chance(capsys):
 
 def test_stage_one_says_what_can_be_learned(base, problems, capsys):
     hopeless = [dataclasses.replace(problem, answer="no such answer") for problem in problems[:6]]
-    config = A.Config(num_samples=2, max_new_tokens=2)  # and too little room to answer
+    config = A.Config(temperature=1.0, num_samples=2, max_new_tokens=2)  # and too little room
+    twice = [A.Dialogue(p, [*base.prompt_ids(p)], i) for p in hopeless for i in range(2)]
     easy = [answered(i, ["1"], [True]) for i in range(4)]
     for turn in (turn for made in easy for turn in made.turns):
         turn.text, turn.end = str(id(turn)), 10  # all unlike
     for dialogues, expected, complaints in (
-        (A.stage_one(base, hopeless, config), ["V* of 6", "0.0 to 0.1 6 ####", "never solved 100%",
+        (A.rollout(base, twice, config, 0), ["V* of 6", "0.0 to 0.1 6 ####", "never solved 100%",
             "not solved once in 2", "cut off at --max-new-tokens 2", "pass@2 of"], 3),
         (easy, ["V* of 4", "0.9 to 1.0 4 ####", "always solved 100%", "mean: solve 1.00",
             "100% of the problems were solved by each"], 1),
@@ -2442,7 +2445,7 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
     assert [line.get_linestyle() for line in legend.get_lines()] == ["-", "--"]
     smoothed = [line for line in axes[0].lines if line.get_linestyle() != "None"]
     assert [line.get_ydata().tolist() for line in smoothed[:2]] == [[7, 7], [8.5, 8.5]]
-    dialogues = A.read_dialogues(finished / "v_star.jsonl")
+    dialogues = [A.to_dialogue(row) for row in A.read_stage_one(finished / "v_star.jsonl")]
     v_star = A.baselines(dialogues, A.read_config(finished / "config.json"))
     expected, _ = np.histogram([v_star[i, "solve"] for i in range(8)], 10, (0, 1))
     heights = np.array([bar.get_height() for bar in axes[5].patches]).reshape(-1, 10)
