@@ -22,7 +22,7 @@ A DOZEN WORDS.
   baseline     what we expected of the reward before we saw the response
   advantage    reward less baseline: better or worse than expected?
   log-ratio    log pi(y|x) - log pi_ref(y|x): how far the policy has moved, for this response
-  KL           the log-ratio's mean over the policy's own responses: how far it has moved at all
+  KL           the log-ratio's mean over the policy's own responses: how far it has moved on average
   on-policy    learning from responses that the present policy wrote itself
   turn         one response in a dialogue
   role         what a turn is there for: to solve, to verify, to revise
@@ -38,8 +38,8 @@ For one problem x this has an answer in closed form. Define a policy pi* and a n
   (3)  V*(x)    = beta * log E_{y ~ pi_ref} [ exp( r(x, y) / beta ) ]       (makes pi* sum to 1)
 
 Put r from (2) into (1): the objective is V*(x) - beta * KL(pi || pi*). A KL is never negative, and
-0 only where both are the same: so the best policy is pi*, and V*(x) is what it achieves. pi* cannot
-be computed (the sum runs over all responses), but take the logarithm of (2):
+0 only where both are the same: so the best policy is pi*, and V*(x) is what it achieves. We cannot
+sample from pi* (it weighs every response by its reward), but take the logarithm of (2):
 
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
@@ -47,21 +47,23 @@ The right side is the *optimal advantage*: the reward of this response less V*(x
 in the name. It has nothing to do with A* search.) The left side is something that our policy can
 compute for any response, with itself in the place of pi*. And V*(x) depends on the reference alone,
 so it can be known before training begins: (3) is a mean over *its* responses. So A*-PO is two
-stages. (Vhat is our estimate of V*. That its beta1 is another beta than the beta2 of the loss is on
-purpose: sections 7 and 8 say why.)
+stages; Vhat is our estimate of V*.
 
   Stage 1, once, offline: N = 8 responses per problem from pi_ref, and from their rewards
   (5)  Vhat(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
   Stage 2, on-policy: ONE response y per problem from the present policy, and a gradient step on
   (6)  loss = ( beta2 * log( pi(y|x) / pi_ref(y|x) )  -  ( r(x, y) - Vhat(x) ) )^2,   beta2 = 0.001
 
+(beta1 is not beta2, and on purpose: sections 7 and 8.)
+
 PAG plays a dialogue with the same model, and A*-PO trains each of its turns as a response:
 
   turn 1, solve :  reward 1 if the answer is right
   turn 2, verify:  reward 1 if the verdict, "The answer is correct." or "... wrong.", is true
   turn 3, revise:  unless the verdict was "correct";  reward acc2 + alpha * (acc2 - acc1), alpha = 1
+                   (acc1, acc2: 1 if the first, the revised answer is right)
 
-THE SYMBOLS.  Where to find each of them in the code, with the same letters:
+THE SYMBOLS.  Where to find each of them in the code (v_star is always Vhat):
 
   paper            here                      where
   x, y             problem, response         Problem, Turn
@@ -72,11 +74,12 @@ THE SYMBOLS.  Where to find each of them in the code, with the same letters:
   (6)              loss                      astarpo_loss(), update()
   beta1, beta2     beta1, beta2              Config
   N                num_samples               Config, stage_one()
-  acc1, acc2       correct[0], correct[1]    dialogue_rewards(): 1 if that attempt is right
+  acc1, acc2       correct[0], correct[1]    dialogue_rewards()
   alpha            alpha                     Config, dialogue_rewards()
 
 CONTENTS.  Part I is the lesson; read it from here to its end, in one evening. What follows is the
-appendix: what the lesson needs around it. The lesson can be understood without it.
+appendix: what the lesson needs around it. The few names that the lesson uses without defining them
+are there; each is said in half a sentence.
 
   Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
             6 sampling      7 V*          8 the loss  9 PAG's turns
@@ -157,7 +160,7 @@ HERE = Path(__file__).resolve().parent
 # A run's options are the fields of Config: the command line, its help and config.json are all made
 # from this one list. beta1, beta2, N and alpha are the papers'. Steps, batch, lengths and learning
 # rate fit the small base model that comes with this file; the presets at the end of the file have
-# the values for a real one. The first group is what the lesson explains.
+# the values for a real one. Skip the second group at first.
 
 
 def option(
@@ -342,7 +345,7 @@ def is_equiv(predicted: str | None, gold: str | None) -> bool:
 # log pi_ref before the first update, and (6) is a statement about exactly that difference.
 # (`load_policy`, in the appendix, makes a Policy of a model's folder.)
 
-# The requests are all that we ever say to the model. They ask for what PAG's ask for.
+# The requests are all that we ever say to the model. In content they are PAG's.
 SOLVE_PROMPT = "{problem}\nSolve this step by step, and put the final answer in \\boxed{}."
 VERIFY_PROMPT = (
     "Check the steps of this solution one by one. If one is wrong, say which and why, and end with "
@@ -411,7 +414,7 @@ def freeze(policy: Policy) -> Policy:
     if policy.adapters:
         return dataclasses.replace(policy, adapters=False)
     model = copy.deepcopy(policy.model).requires_grad_(False)
-    for layer in model.modules():  # frozen weights need no float32 copy; the head keeps its own
+    for layer in model.modules():  # frozen weights need no float32; the head may be the embedding
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
             layer.to(policy.dtype)
     return dataclasses.replace(policy, model=model)
@@ -420,8 +423,8 @@ def freeze(policy: Policy) -> Policy:
 # --- 6. Sampling ----------------------------------------------------------------------------------
 # A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
 # or top-p: equation (6) speaks about the policy itself, not about a sharpened cousin of it. (With
-# --temperature T, pi and pi_ref both mean the model at T, here and in section 8.) It is also where
-# most of the time goes. Three things make it fast, none of them an approximation:
+# --temperature T, pi and pi_ref both mean the model at T, here and in section 8.) Sampling is also
+# where most of the time goes. Three things make it fast, none of them an approximation:
 #
 # * a *key/value cache*: what the model computed about earlier tokens is kept, so that a new token
 #   costs one token's work;
@@ -458,8 +461,8 @@ def uniform(*counters: Any) -> np.ndarray:
 def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """One token a row: inverse-CDF sampling with u (B,) in [0, 1); the best one at temperature 0.
 
-    Token k is chosen if u falls into [P(tokens < k), P(tokens <= k)). Summed in float64: a
-    vocabulary has up to 200,000 terms, and a token of probability 0 must never be drawn.
+    Token k is chosen if u falls into [P(tokens < k), P(tokens <= k)), so one of probability 0 never
+    is. Summed in float64: a vocabulary has up to 200,000 terms.
     """
     if temperature == 0:
         return logits.argmax(-1)  # (B,)
@@ -495,9 +498,9 @@ def sample(
 
     u: (B, L), the number that chooses each token. Config says temperature and top_p.
     """
-    texts = list(dict.fromkeys(map(tuple, prompts)))
-    row_of = {text: row for row, text in enumerate(texts)}
-    tensors = [torch.tensor(text, device=policy.device) for text in texts]
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    row_of = {prompt: row for row, prompt in enumerate(distinct)}
+    tensors = [torch.tensor(prompt, device=policy.device) for prompt in distinct]
     ids = pad_sequence(tensors, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(t) for t in tensors], True, padding_side="left")
     cache = Cache(config=policy.model.config)
@@ -507,7 +510,7 @@ def sample(
     with policy.active():  # around all tokens: autocast then casts the weights once, not for each
         logits = read(policy.model, ids, mask, cache)  # (distinct prompts, V)
         copies = torch.tensor([row_of[tuple(p)] for p in prompts], device=policy.device)
-        if len(texts) < len(copies):
+        if len(distinct) < len(copies):
             cache.batch_select_indices(copies)
             logits, mask = logits[copies], mask[copies]  # (B, V), (B, T)
         rows = torch.arange(len(copies), device=policy.device)  # whose responses are in the batch
@@ -516,10 +519,10 @@ def sample(
             token = pick(logits, numbers[rows, place], config.temperature, config.top_p)  # (B,)
             written[rows[running], place] = token[running]
             running = running & ~torch.isin(token, ends)
-            left = int(running.sum())
-            if left == 0 or place + 1 == u.shape[1]:
+            going = int(running.sum())
+            if going == 0 or place + 1 == u.shape[1]:
                 break
-            if left <= len(rows) / 2:  # those that have ended leave
+            if going <= len(rows) / 2:  # those that have ended leave
                 stay = running.nonzero()[:, 0]
                 cache.batch_select_indices(stay)
                 rows, token, mask, running = rows[stay], token[stay], mask[stay], running[stay]
@@ -529,7 +532,7 @@ def sample(
 
 
 # --- 7. V*: how good could the best policy be? ----------------------------------------------------
-# Equation (3) asks for the mean of exp(r/beta) over responses of the reference; N samples of it
+# Equation (3) asks for the mean of exp(r/beta) over responses of the reference; N such responses
 # give (5). Look at what kind of mean that is. For beta1 -> infinity it is the plain mean of the
 # rewards, for beta1 -> 0 their maximum, and in between, at 0.5, one right answer in eight gives
 # Vhat = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
@@ -578,7 +581,8 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 #
 # Do not wait for the loss to reach 0. With so small a beta2 the log-ratio's term hardly counts, and
 # what remains is the square of r - Vhat: the better the policy, the more often r = 1 > Vhat. The
-# loss may rise while the policy improves; watch the reward.
+# loss may rise while the policy improves; watch the reward. (Nor does the small factor 2 * beta2
+# slow the learning down: Adam divides by the gradient's size.)
 #
 # The log-probability of a response is the sum over its tokens, up to and including the token that
 # ends it. The sum, not the mean: (6) speaks of pi(y|x). What we said to the model (prompts,
@@ -588,7 +592,7 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 def astarpo_loss(
     logp: Tensor, ref_logp: Tensor, reward: Tensor, v_star: Tensor, beta2: float
 ) -> Tensor:
-    """Equation (6), averaged over a batch of responses: four tensors (B,) -> a scalar.
+    """Equation (6), averaged over a batch of responses: four tensors (n,) -> a scalar.
 
     logp, ref_logp: log-probabilities of the responses (nats, summed over tokens) under the policy
     and the reference; reward, v_star: in units of reward. Only logp carries a gradient.
@@ -597,8 +601,8 @@ def astarpo_loss(
     >>> astarpo_loss(zero, zero, torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), 1e-3).item()
     0.25
     """
-    log_ratio = logp - ref_logp  # (B,) log pi(y|x) / pi_ref(y|x)
-    advantage = reward - v_star  # (B,) A*(x, y), estimated at beta1
+    log_ratio = logp - ref_logp  # (n,) log pi(y|x) / pi_ref(y|x)
+    advantage = reward - v_star  # (n,) r - Vhat(x), in the place of A*
     return (beta2 * log_ratio - advantage).square().mean()
 
 
@@ -607,7 +611,7 @@ LOGITS_AT_A_TIME = 2**26  # in float32: 256 MiB a copy
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row.
-    (Read it as `score_tokens(policy.model, ...)`; `method` serves fsdp and recomputing.)"""
+    (In effect `score_tokens(policy.model, ...)`; `method` serves fsdp and recomputing.)"""
     with policy.active(), method(policy.model, score_tokens) as score:
         return score(ids, scored, temperature)
 
@@ -676,9 +680,9 @@ def dialogue_rewards(
     """Each turn's reward in the order of the turns: solve, verify, revise, verify, revise, ...
 
     correct[k]: was attempt k right (0 is the solve turn, k the k-th revision); verdicts[k]: what
-    the check of attempt k said. As in PAG,
-    every turn is paid for what it did itself (no reward flows back from later turns), and a
-    revision also for what it changed: breaking a right answer costs alpha, mending earns it.
+    the check of attempt k said. As in PAG, every turn is paid for what it did itself (no reward
+    flows back from later turns), and a revision also for what it changed: breaking a right answer
+    costs alpha, mending earns it.
 
     >>> dialogue_rewards([False, True], [False], alpha=1.0)    # wrong; "wrong"; mended
     [0.0, 1.0, 2.0]
@@ -756,11 +760,11 @@ def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
 @torch.inference_mode()
 def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
     """Let the policy write the next turn of each dialogue, and read off its answer or verdict. (It
-    reads the dialogue again: to keep the cache of earlier turns costs more lines than time.)"""
+    reads the whole dialogue again: keeping the cache saves little time for many lines.)"""
     role = next_role(dialogues[0])
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
-    index, number, turn = np.array(counters).T[:, :, None]  # each (B, 1); L positions below
-    u = uniform(config.seed, step, index, number, turn, np.arange(config.max_new_tokens))
+    index, which, turn_no = np.array(counters).T[:, :, None]  # each (B, 1); L positions below
+    u = uniform(config.seed, step, index, which, turn_no, np.arange(config.max_new_tokens))
     responses = sample(policy, [dialogue.ids for dialogue in dialogues], u, config)
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
@@ -784,11 +788,12 @@ def rollout(
 ) -> list[Dialogue]:
     """Play dialogues to their end (or to so many turns), turn by turn; all of them, in order.
 
-    step: which rollout this is, for the random numbers (0: stage 1; step + 1: a training step; -1:
+    step: which rollout this is, for the random numbers (0: stage 1; s + 1: training step s; -1:
     evaluation). With one process `deal`, `gathered` and `collect` do nothing; with several, they
     deal out the dialogues, put fsdp's slices of the weights together, and give all to all.
     """
-    most, mine = turns or 1 + 2 * config.revisions, deal(dialogues)
+    mine = deal(dialogues)
+    most = turns or 1 + 2 * config.revisions
     with gathered(policy.model):
         while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
             ask(policy, going)  # those that go on all stand at the same turn
@@ -817,7 +822,7 @@ def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run
     behind a progress bar (`rollouts`), and the run keeps each part as it comes; those that it has
     already, after a kill or by --v-star, are not played again."""
     numbers = range(config.num_samples)
-    # (Copies of the ids: a dialogue appends to its own.)
+    # The ids are copied, as a dialogue appends to its own.
     wanted = [Dialogue(p, [*ref.prompt_ids(p)], i) for p in problems for i in numbers]
     dialogues = run.stage_one_so_far(wanted)
     for part in rollouts(ref, wanted[len(dialogues) :], config, 0, "stage 1, V*"):
@@ -898,7 +903,7 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
     policy, ref, optimizer = learner.policy, learner.ref, learner.optimizer
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
     seen: dict[str, float] = defaultdict(float)
-    for part, weight in my_share(dialogues, config.update_tokens):  # weight: 1, or 0 for a filler
+    for part, weight in my_share(dialogues, config.update_tokens):  # 0: keeps in step
         batch = collate(part, learner.v_star, policy.device)
         inputs = (batch.ids, batch.scored, config.temperature)
         with torch.no_grad():
@@ -915,7 +920,7 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
         seen["entropy"] -= token_logp.sum().item() * weight
         seen["v_star"] += weight * batch.v_star.sum().item() / n_turns
         seen["tokens"] += len(token_logp) * weight
-    seen = sum_over_processes(policy.model, seen)
+    seen = sum_over_processes(policy.model, seen)  # and the gradients
     seen["entropy"] /= seen.pop("tokens")
     policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
@@ -959,7 +964,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         dialogues = stage_one(ref, problems, config, run)
         v_star = baselines(dialogues, config)
         problems = run.after_stage_one(dialogues, v_star)  # all, or with --drop-unsolved fewer
-        with policy.active():  # LoRA's adapters, switched on: others count as frozen
+        with policy.active():  # with LoRA, only adapters that are switched on require gradients
             weights = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
         learner = Learner(policy, ref, v_star, optimizer)
@@ -981,16 +986,15 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
 # Dialogues as in training, but on problems that were never trained on, greedily (temperature 0)
-# unless an option says otherwise. Accuracy is measured twice: acc_t1 of the first attempt,
-# acc_final of the last one. The difference is what checking was worth. A verifier that always says
-# "correct" is right as often as the solver is, so we do not look at its accuracy alone but at the
+# unless `eval --temperature` says otherwise. Accuracy is measured twice: acc_t1 of the first
+# attempt, acc_final of the last one. The difference is what checking was worth. A verifier that
+# always says "correct" is right as often as the solver is, so we do not look at its accuracy alone
+# but at the
 # *balanced* one: the mean of how often it is right about right attempts and about wrong ones. A
 # coin has 0.5, and so has any constant verdict. A trained policy makes few mistakes, and its own
-# attempts leave little to be judged; so the verify turn is also scored on a fixed pool of the
-# reference's attempts, half of them right, half wrong (`evaluate_pool`). `summarize` counts, and
-# says how sure the numbers are; both are in the appendix, like the command `eval`: it loads, calls
-# this, and writes down.
-
+# attempts leave little to be judged; so the verify turn is also scored on a fixed pool that lies
+# beside the data: attempts of the shipped base, half of them right, half wrong (`evaluate_pool`).
+# `summarize` counts, and says how sure the numbers are.
 
 Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
 
