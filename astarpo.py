@@ -1471,9 +1471,11 @@ NAMED = r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=\s*)?"
 BOXES = re.compile(  # one, or several that are one answer: x=\boxed{2} or x=\boxed{3}
     rf"{BOX}(?:{GAP}(?:(?:,|\band\b|\bor\b){GAP})+{NAMED}{BOX})*"
 )
-BEFORE = re.compile(  # what before a box, or after it, says that it is a part of something larger
+# What before a box, or after it, says that it is a part of something larger. ('88 = 2 * ' does not:
+# so our own base writes the last step of an equation.)
+BEFORE = re.compile(
     r"(?:[=(\[{]\s*[-+±]\s*|\$[-+±]\s*|[-+/^_±0-9)]|[^=>\s-](?<!answer)\s?[<>]\s*|(?<![\\a-zA-Z])[a-zA-Z]+"
-    r"|[=$][^=$a-zA-Z\\]*[-+*/^0-9)]\s+|\\(?:pm|mp|cdot|times|div|neq?|leq?|geq?|lt|gt)\s*|[}^_]\s*\{\s*"
+    r"|[=$][^=$a-zA-Z\\]*[-+/^0-9)]\s+|\\(?:pm|mp|cdot|times|div|neq?|leq?|geq?|lt|gt)\s*|[}^_]\s*\{\s*"
     r"|\\(?:d?frac|sqrt)(?:\s*\{[^{}]*\})*\s*\{?|\bnot\s*\}?\s*\$?)$"
 )
 AFTER = re.compile(
