@@ -1078,7 +1078,8 @@ def numbers_of(run: Path) -> list[dict]:
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tmp_path):
-    A.train(quick(out=str(tmp_path / "same"), seed=5, max_new_tokens=32))
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # from a thread as well
+        pool.submit(A.train, quick(out=str(tmp_path / "same"), seed=5, max_new_tokens=32)).result()
     assert numbers_of(finished) == numbers_of(tmp_path / "same")
     for file in ("v_star.jsonl", "checkpoint/model.safetensors"):
         assert (finished / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
