@@ -1007,12 +1007,6 @@ class RunError(Exception):
     """Something failed under way: one sentence, exit status 1."""
 
 
-def reason_of(error: BaseException) -> str:
-    """The first line of what an error of another library says."""
-    cause = error.__cause__ or error
-    return str(cause).strip().split("\n")[0][:300] or type(cause).__name__
-
-
 @contextlib.contextmanager
 def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
     """Let other libraries work without a word of theirs between our lines. Whatever they raise (each
@@ -1025,7 +1019,9 @@ def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
     except (UsageError, RunError, ModuleNotFoundError, torch.OutOfMemoryError):
         raise  # for these there are better words
     except Exception as error:
-        raise kind(f"{what}: {reason_of(error)}") from error
+        cause = error.__cause__ or error
+        reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
+        raise kind(f"{what}: {reason}") from error
     finally:
         logging.disable(before)
 
@@ -1402,17 +1398,12 @@ def write_rows(
     if is_first():
         with path.open("a", encoding="utf-8") if append else whole_or_not(path) as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, indent=indent) + "\n")
-
-
-def to_row(dialogue: Dialogue) -> dict[str, Any]:
-    """A dialogue as a line of v_star.jsonl or eval_results.jsonl."""
-    parts = {"problem": vars(dialogue.problem), "turns": [vars(turn) for turn in dialogue.turns]}
-    return vars(dialogue) | parts
+                text = json.dumps(row, ensure_ascii=False, indent=indent, default=vars)
+                file.write(text + "\n")
 
 
 def to_dialogue(row: dict[str, Any]) -> Dialogue:
-    """The dialogue of such a line."""
+    """The dialogue of a line of v_star.jsonl or eval_results.jsonl."""
     turns = [Turn(**turn) for turn in row["turns"]]
     return Dialogue(Problem(**row["problem"]), row["ids"], row["sample"], turns)
 
@@ -2446,7 +2437,7 @@ class Run(contextlib.AbstractContextManager):
 
     def keep(self, dialogues: Sequence[Dialogue]) -> None:
         """Keep a part of stage 1."""
-        write_rows(self.stage_one, map(to_row, dialogues), append=True)
+        write_rows(self.stage_one, dialogues, append=True)
 
     def after_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> list[Problem]:
         """Say what stage 1 found. Returns the problems to train on."""
@@ -2548,7 +2539,7 @@ class Run(contextlib.AbstractContextManager):
         after, dialogues = measure()
         kl = recent(self.metrics).get("kl") or 0.0
         summary = {"before": before[0], "after": after, "kl": kl}
-        write_rows(self.folder / "eval_results.jsonl", map(to_row, dialogues))
+        write_rows(self.folder / "eval_results.jsonl", dialogues)
         write_rows(self.folder / "summary.json", [summary], indent=2)
         report_training(summary, before[1], dialogues)
         if is_first():
@@ -2902,7 +2893,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     if config.compare:
         _, theirs = evaluate_policy(other, problems, config)
         summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
-    write_rows(folder / "eval_results.jsonl", map(to_row, dialogues))
+    write_rows(folder / "eval_results.jsonl", dialogues)
     write_rows(folder / "eval_summary.json", [{"model": config.model, **summary}], indent=2)
     report_evaluation(summary)
     print(f"written to {folder}: eval_results.jsonl, eval_summary.json")
