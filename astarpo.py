@@ -502,7 +502,7 @@ def sample(
         running = torch.ones_like(rows, dtype=torch.bool)
         for place in range(u.shape[1]):
             token = pick(logits, numbers[rows, place], config.temperature, config.top_p)  # (B,)
-            written[rows[running], place] = token[running]
+            written[rows, place] = torch.where(running, token, -1)
             running = running & ~torch.isin(token, ends)
             going = int(running.sum())
             if going == 0 or place + 1 == u.shape[1]:
@@ -742,7 +742,7 @@ def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
             dialogue.ids += bridges[dialogue.turns[-1].ended]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
     """Let the policy write the next turn of each dialogue, and read off its answer or verdict. (It
     reads the whole dialogue again: keeping the cache saves little time for many lines.)"""
@@ -1215,9 +1215,9 @@ def check_model(name: str, policy: Policy) -> None:
         plain = torch.cat([model(input_ids=t).logits[:, -1].float() for t in (whole, later)])
         apart = head(model.get_decoder()(input_ids=whole).last_hidden_state[:, -1]).float()
         scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * plain.std()
-        if (cached - plain).abs().max() > scale:
+        if not (cached - plain).abs().max() <= scale:  # nan, too
             raise ValueError("with a key/value cache it computes something else")
-        if (apart - plain[:1]).abs().max() > scale:
+        if not (apart - plain[:1]).abs().max() <= scale:
             raise ValueError("its logits are not its head's (a soft cap?)")
 
 
@@ -1237,6 +1237,7 @@ def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
     check_context(policy, config)
     source = {"train": config.train_data, "test": config.eval_data}[split]
     limit = {"train": config.train_limit, "test": config.eval_limit}[split]
+    measuring = dataclasses.replace(policy, prompts={})  # what is left out is not remembered
     kept: dict[str, Problem] = {}
     left_out: Counter[str] = Counter()
     for index, (place, row) in enumerate(read_rows(source, split)):
@@ -1245,7 +1246,7 @@ def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
             left_out["have no answer"] += 1
         elif problem.problem in kept:
             left_out["came before"] += 1
-        elif len(policy.prompt_ids(problem)) > config.max_prompt_tokens:
+        elif len(measuring.prompt_ids(problem)) > config.max_prompt_tokens:
             left_out[f"are longer than --max-prompt-tokens {config.max_prompt_tokens}"] += 1
         else:
             kept[problem.problem] = problem
@@ -1276,7 +1277,7 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
                 except (ValueError, RecursionError) as error:
                     if whole:
                         raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error
-                    return print(f"{place}: cut off; it and what follows is done again")
+                    return print(f"{place}: cut off, left out from here on")
                 yield place, row
 
 
@@ -2195,7 +2196,8 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         ids = prompt + encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
         attempts.append(Dialogue(problem, ids, turns=[turn]))
-    return confusion(rollout(policy, attempts, config, -1, turns=2), "verifier_pool")
+    greedy = dataclasses.replace(config, temperature=0.0)
+    return confusion(rollout(policy, attempts, greedy, -1, turns=2), "verifier_pool")
 
 
 # --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
@@ -2225,7 +2227,9 @@ def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[s
     runs, v_star = [], defaultdict(list)
     for folder in folders:
         config = read_config(folder / "config.json")
-        runs.append((vars(config), [line for _, line in read_jsonl(folder / "metrics.jsonl")]))
+        runs.append(
+            (vars(config), [line for _, line in read_jsonl(folder / "metrics.jsonl", whole=False)])
+        )
         dialogues = [to_dialogue(row) for row in read_stage_one(folder / "v_star.jsonl")]
         values = baselines(dialogues, config)
         for problem in {dialogue.problem for dialogue in dialogues}:
@@ -2381,15 +2385,21 @@ class Run(contextlib.AbstractContextManager):
         self.seconds: dict[str, float] = {}
         self.told: set[str] = set()  # the complaints so far: each comes once
         self.learner: Learner | None = None
+        self.lock: TextIO | None = None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """After Ctrl-C or an error, keep the model as it is (one of several processes cannot)."""
         saved = ""
-        if kind and self.learner and world()[1] == 1:
-            save_model(self.learner.policy, self.folder / "checkpoint")
-            saved = f"; {self.folder}/checkpoint is the model as it is now"
+        try:
+            if kind and self.learner and world()[1] == 1:
+                save_model(self.learner.policy, self.folder / "checkpoint")
+                saved = f"; {self.folder}/checkpoint is the model as it is now"
+        finally:
+            if self.lock:
+                self.lock.close()
         if kind is KeyboardInterrupt:
-            raise RunError(f"stopped; go on with 'train --resume {self.folder}'{saved}") from None
+            go_on = f"; go on with 'train --resume {self.folder}'" * is_unfinished(self.folder)
+            raise RunError(f"stopped{go_on}{saved}") from None
 
     def begin(self, policy: Policy, problems: list[Problem]) -> None:
         """Write config.json, or see that what goes on now is what began then. Raises UsageError."""
@@ -2412,6 +2422,7 @@ class Run(contextlib.AbstractContextManager):
         path, given = self.folder / "config.json", Path(self.config.v_star)
         played = read_stage_one(self.stage_one if self.stage_one.exists() else given, self.mark)
         if not self.resumed:
+            new_folder(str(self.folder), make=True)  # is it still free, after the loading?
             versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
             # What "auto" has become here, so that a run that goes on computes in the same way.
             found = {"threads": torch.get_num_threads(), "dtype": dtype, "weights": weights}
@@ -2421,12 +2432,15 @@ class Run(contextlib.AbstractContextManager):
             model = self.config.model
             raise UsageError(f"--resume: {model} holds other weights than when {path} was written")
         self.lock = held(path)  # until we return, or are killed
+        if given.is_file() and not self.stage_one.exists():
+            write_rows(self.stage_one, [self.mark, *played])
         return played
 
     def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
         """Those of the wanted dialogues that have been played, in whole parts (a part is played
         together, and rounding depends on the company)."""
         rows, size = self.played, PART * world()[1]
+        self.played = []  # they take memory
         if len(rows) < len(wanted):
             rows = rows[: len(rows) // size * size]
         write_rows(self.stage_one, [self.mark, *rows])
@@ -2474,7 +2488,7 @@ class Run(contextlib.AbstractContextManager):
             **statistics(dialogues),
             **self.seconds,
             "tokens_per_second": sampled / sum(self.seconds.values()),
-            "peak_memory_mib": peak_memory(),
+            "peak_memory_mib": peak_memory(self.learner.policy.device),
         }
         self.metrics.append(metrics)
         write_rows(self.folder / "metrics.jsonl", [metrics], append=True)
@@ -2523,7 +2537,8 @@ class Run(contextlib.AbstractContextManager):
         path = self.folder / "state.pt"
         if first(path.exists):
             with trying(f"{path} is damaged (remove it, and --resume begins stage 2 again)"):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                mapped = os.name != "nt"  # Windows does not replace a file that is mapped
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
                 self.metrics, self.evaluations = state["metrics"], state["evaluations"]
             print(f"going on after step {len(self.metrics)}")
             saved = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
@@ -2548,7 +2563,7 @@ class Run(contextlib.AbstractContextManager):
         return summary
 
 
-def new_folder(path: str, suffix: str = "") -> Path:
+def new_folder(path: str, suffix: str = "", make: bool = False) -> Path:
     """Where results can go: a folder that is new or empty. Raises UsageError."""
     folder = Path(path or time.strftime("runs/%Y%m%d-%H%M%S") + suffix)
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -2557,6 +2572,8 @@ def new_folder(path: str, suffix: str = "") -> Path:
     if above == folder and {file.name for file in folder.iterdir()} - {"config.json.partial"}:
         go_on = f", or go on with that run: train --resume {folder}" * is_unfinished(folder)
         raise UsageError(f"--out {folder} holds files already: name a new folder{go_on}")
+    if make:  # an error if another run has made it at the same time
+        folder.mkdir(parents=True, exist_ok=folder.exists())
     return folder
 
 
@@ -2610,18 +2627,18 @@ def held(path: Path) -> TextIO:
 def read_stage_one(path: Path, mark: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """The lines of a v_star.jsonl; the first tells what they were made from. Raises UsageError."""
     lines = [row for _, row in read_jsonl(path, whole=False)] if path.is_file() else []
-    if mark and lines and lines[0] != mark:
+    if mark and path.is_file() and lines[:1] != [mark]:
         raise UsageError(
             f"{path} was made with other weights, problems, sampling options or by another "
-            "version; leave --v-star out to run stage 1 again"
+            "version: put back what has changed, or begin a new run without --v-star"
         )
     return lines[1:]
 
 
-def peak_memory() -> float:
-    """The most memory used so far, in MiB: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_memory(device: torch.device) -> float:
+    """The most memory used so far, in MiB: of the GPU, or on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(ImportError):  # Windows has no such module
         import resource
 
@@ -2721,11 +2738,11 @@ def is_first() -> bool:
     return world()[0] == 0
 
 
-def join_processes() -> None:
+def join_processes(device: str) -> None:
     """Under torchrun: meet the other processes. Only the first one prints."""
     if not {"RANK", "LOCAL_RANK"} <= os.environ.keys() or dist.is_initialized():
         return
-    gpu = torch.cuda.is_available()
+    gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=2))
@@ -2889,6 +2906,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     problems = load_problems(policy, config, "test")
     if config.compare:  # loaded first: that there is no such model must not be news in the end
         other = load_policy(dataclasses.replace(config, model=config.compare))
+        check_context(other, config)
+    first(lambda: new_folder(str(folder), make=True))
     summary, dialogues = evaluate_policy(policy, problems, config)
     if config.compare:
         _, theirs = evaluate_policy(other, problems, config)
@@ -2975,7 +2994,8 @@ def chosen_config(options: argparse.Namespace) -> Config:
     if options.command != "train":
         values = {name: v for name, v in values.items() if options.command in commands[name]}
         values |= {"model": "", "temperature": None, "eval_limit": 0}
-        values |= EVAL_PRESETS.get(options.preset, {})
+        preset = EVAL_PRESETS.get(options.preset, {})
+        values |= {name: v for name, v in preset.items() if options.command in commands[name]}
     return Config(**values | given)
 
 
@@ -2984,7 +3004,7 @@ def run_command(options: argparse.Namespace) -> None:
     if options.command == "plot":
         plot([Path(run) for run in options.runs], Path(options.out))
         return print(f"written to {options.out}")
-    join_processes()
+    join_processes(getattr(options, "device", ""))
     config = chosen_config(options)
     config.model = config.model or newest_model()
     if options.command == "train":

@@ -1150,7 +1150,9 @@ def test_the_verifier_pool_is_balanced_and_scored(base):
     held_out = {row["problem"] for row in read_lines(DATA / "test.jsonl")}
     assert {row["problem"] for row in rows} <= held_out
     config = A.Config(temperature=0.0, eval_limit=100, problem_column="task")  # the pool is ours
-    assert 0.3 < A.evaluate_pool(base, config)["verifier_pool_balanced_acc"] < 0.8
+    greedily = A.evaluate_pool(base, config)
+    assert 0.3 < greedily["verifier_pool_balanced_acc"] < 0.8
+    assert A.evaluate_pool(base, dataclasses.replace(config, temperature=0.7)) == greedily
 
 
 # --- Loading --------------------------------------------------------------------------------------
@@ -1792,14 +1794,14 @@ def test_stage_one_serves_on_another_day_than_the_chat_template_told_and_is_copi
 def test_out_of_memory_is_one_sentence_with_the_remedies_and_the_run_goes_on(
     moment, finished, tmp_path, capsys
 ):
-    sampling, updating = torch.is_inference_mode_enabled, torch.is_grad_enabled
-    now = {"loading": lambda: True, "sampling": sampling, "updating": updating}[moment]
+    folder = tmp_path / "run"
+    begun = (folder / "config.json").exists
+    now = {"loading": lambda: True, "sampling": begun, "updating": torch.is_grad_enabled}[moment]
 
     def card(*_: object) -> None:
         if now():
             raise torch.OutOfMemoryError("more than this card has")
 
-    folder = tmp_path / "run"
     with torch.nn.modules.module.register_module_forward_pre_hook(card):
         assert A.main(command_of(quick(out=str(folder), seed=5, max_new_tokens=32))) == 1
     error = capsys.readouterr().err.strip()
@@ -1810,6 +1812,17 @@ def test_out_of_memory_is_one_sentence_with_the_remedies_and_the_run_goes_on(
     if moment == "updating":
         assert A.main(["train", "--resume", str(folder)]) == 0
         assert result(folder) == result(finished)
+
+
+def test_of_two_runs_that_want_one_folder_the_second_is_refused_after_the_loading(tmp_path, base):
+    config = A.Config(out=str(tmp_path / "run"))
+    first, second = A.Run(config, False), A.Run(config, False)  # both find it free
+    problems = A.load_problems(base, quick(), "train")
+    with first, pytest.raises(A.UsageError, match="holds files already"), second:
+        first.begin(base, problems)
+        second.begin(base, problems)
+    again = A.Run(config, True)  # the first has let go
+    again.begin(base, problems)
 
 
 # --- Large models, several devices ----------------------------------------------------------------
@@ -1898,7 +1911,7 @@ def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path)
     expected = [A.update(alone, batch, config) for batch in batches]
 
     def work() -> None:
-        A.join_processes()
+        A.join_processes("")
         learner = learner_of(base, base, lr=1.0)
         A.deal_out(learner.policy, learner.ref, config)
         learner.optimizer = torch.optim.SGD(learner.policy.model.parameters(), lr=1.0)
