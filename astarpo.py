@@ -1159,6 +1159,11 @@ def load_policy(config: Config) -> Policy:
     if config.gradient_checkpointing:
         with trying(f"--model {config.model} goes not with --gradient-checkpointing"):
             model.activation_checkpointing_enable()
+        for layer in blocks(model):  # `method` sets their training flag: no dropout may wake by it
+            rates = [
+                name for name, v in vars(layer).items() if "dropout" in name and type(v) is float
+            ]
+            vars(layer).update(dict.fromkeys(rates, 0.0))
     return policy
 
 
