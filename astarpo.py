@@ -390,7 +390,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids. The template has already written every marker, so none is added here."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def freeze(policy: Policy) -> Policy:
