@@ -89,6 +89,8 @@ are there; each is said in half a sentence.
             G runs that survive     H large models, several devices
             I the command line
 
+(data/make.py made the problems and the small base model that come with this file.)
+
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
             python astarpo.py eval
             python astarpo.py solve "What is 47 * 36?"
@@ -1336,8 +1338,9 @@ def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
         name = next((name for name in names if cells.get(name, "") != ""), names[0])
         found[kind] = cells.get(name, "")
         if found[kind] is None or (kind == "problem" and not found[kind]):
-            columns = f"there are {', '.join(row)}; --{kind}-column names another"
-            raise UsageError(f"{place}: no column '{name}' with a text ({columns})")
+            columns = ", ".join(f"{n} ({type(cell).__name__})" for n, cell in row.items())
+            remedy = f"there are {columns}; --{kind}-column names another"
+            raise UsageError(f"{place}: no column '{name}' with a text ({remedy})")
     answer, solution = found["answer"], cells.get("solution") or ""
     if re.search(r"####|\\boxed", answer) or answer == solution:
         solution, answer = answer, extract_answer(answer) or ""

@@ -1255,7 +1255,11 @@ LONG_LINE = b'{"problem": "%s", "answer": "2"}\n' % (b"long " * 400)
         ("a.jsonl", b"[" * 99999 + b"\n", "line 1: not JSON"),
         ("a.jsonl", b'{"problem": "1 + 1?"}\n', r"holds no problems .*the columns problem$"),
         ("a.jsonl", b'{"answer": "2"}\n', "line 1: no column 'problem' with a text"),
-        ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', "line 1: no column 'problem' with a text"),
+        (
+            "a.jsonl",
+            b'{"problem": {}, "answer": "2"}\n',
+            r"text \(there are problem \(dict\), answer",
+        ),
         ("a.jsonl", b'{"problem": "1 + 1?", "answer": ""}\n', "holds no problems that can be used"),
         ("a.jsonl", b"[1]\n", "line 1: not a JSON object"),
         ("a.jsonl", LONG_LINE, "holds no problems that can be used"),
@@ -1388,6 +1392,19 @@ def test_a_response_without_an_end_is_cut_off_at_exactly_the_limit(limit, base, 
     for dialogue in played(endless, problems[:3], max_new_tokens=limit):
         assert {turn.end - turn.start for turn in dialogue.turns} == {limit}
         assert not any(turn.ended for turn in dialogue.turns)
+
+
+def test_stage_one_is_known_again_though_the_template_tells_the_time(tmp_path, base):
+    dated = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer), prompts={})
+    dated.tokenizer.chat_template = "{{ strftime_now('%f') }}" + base.tokenizer.chat_template
+    problems = A.load_problems(base, quick(), "train")
+    assert dated.prompt_ids(problems[0]) != base.prompt_ids(problems[0])
+    marks = []
+    for name in "ab":
+        with A.Run(A.Config(out=str(tmp_path / name)), False) as run:
+            run.begin(dated, problems)
+        marks.append(run.mark)
+    assert marks[0] == marks[1]
 
 
 # --- The command line -----------------------------------------------------------------------------
