@@ -494,8 +494,8 @@ def sample(
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
-    # Around all tokens, so that autocast casts the weights once, not for each of them. (Inference mode
-    # is faster than no_grad, but autocast remembers nothing in it.)
+    # Around all tokens, so that autocast casts the weights once, not for each of them. (Inference
+    # mode is faster than no_grad, but autocast remembers nothing in it.)
     fast = torch.inference_mode(policy.dtype == torch.float32)
     with torch.no_grad(), fast, policy.active():
         logits = read(policy.model, ids, mask, cache)  # (distinct prompts, V)
@@ -1264,6 +1264,7 @@ def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
         columns = f"; there are the columns {', '.join(row)}" if left_out else ""
         raise UsageError(f"{source} holds no problems that can be used{why}{columns}")
     taken = [*kept.values()][: limit or None]
+    policy.prompts.update((problem, measuring.prompts[problem]) for problem in taken)
     if strange := [problem.answer for problem in taken if not readable(problem.answer)]:
         print(f"{source}: {len(strange)} answers can only be met word for word, as", strange[:2])
     print(f"{source}: {len(taken)} of {len(kept) + left_out.total()} problems{why}. For example:")
