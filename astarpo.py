@@ -77,14 +77,15 @@ THE SYMBOLS.  Where to find each of them in the code (v_star is always Vhat):
   acc1, acc2       correct[0], correct[1]    dialogue_rewards()
   alpha            alpha                     Config, dialogue_rewards()
 
-CONTENTS.  Part I is the lesson; read it from here to its end, in one evening. What follows is the
-appendix: what the lesson needs around it. The few names that the lesson uses without defining them
-are there; each is said in half a sentence.
+CONTENTS.  Part I is the lesson; read it from here to its end, in one evening. Part II shows what
+A*-PO replaces, and the A* that it is not. Part III is the appendix: what the lesson needs around it;
+the few names that the lesson uses without defining them are said in half a sentence.
 
   Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
             6 sampling      7 V*          8 the loss  9 PAG's turns
            10 training     11 evaluation
-  Part II   A errors and progress   B loading and saving   C the algebra of answers
+  Part II  12 other losses  13 a learned value    14 best-first search    15 shaped rewards
+  Part III  A errors and progress   B loading and saving   C the algebra of answers
             D the report            E the numbers          F watching a run
             G runs that survive     H large models, several devices
             I the command line
@@ -104,6 +105,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import heapq
 import importlib.util
 import io
 import itertools
@@ -182,6 +184,7 @@ def option(
 AT_LEAST_1, POSITIVE = (1, math.inf), (1e-9, math.inf)
 BOTH, ALL = "train eval", "train eval solve"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASELINES, LOSS_NAMES = ("vstar", "mean", "zero", "value"), ("astarpo", "pg", "grpo", "ppo", "awr")
 
 
 @dataclass
@@ -189,17 +192,17 @@ class Config:
     """All options of a run. `train(Config(steps=10))` is `python astarpo.py train --steps 10`."""
 
     model: str = option("data/base", "a model's folder, a run or a hub id", on=ALL)
-    train_data: str = option("data/train.jsonl", "file, folder or hub id to train on")
+    train_data: str = option("data/train.jsonl", "file, folder or hub id to train on", on=ALL)
     eval_data: str = option("data/test.jsonl", "the same, of held-out problems", on=BOTH)
     out: str = option("", "new folder for the results (default: runs/<date-time>)", on=BOTH)
     seed: int = option(0, "seed of every random choice", on=ALL)
     steps: int = option(40, "stage 2: number of rollout batches")
     batch_size: int = option(64, "stage 2: problems a batch, one dialogue each", AT_LEAST_1)
     lr: float = option(3e-4, "AdamW's learning rate after warm-up", (0, 1))
-    beta1: float = option(0.5, "temperature of V* in (5), in units of reward", (1e-6, 1e6))
+    beta1: float = option(0.5, "temperature of V* in (5), in units of reward", (1e-6, 1e6), on=ALL)
     beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", POSITIVE)
-    num_samples: int = option(8, "stage 1: responses a problem (N)", AT_LEAST_1)
-    baseline: str = option("vstar", "what is subtracted from r", choices=("vstar", "mean", "zero"))
+    num_samples: int = option(8, "stage 1: responses a problem (N; 0: no stage 1)", on=ALL)
+    baseline: str = option("vstar", "what is subtracted from r", choices=BASELINES)
     alpha: float = option(1.0, "PAG: weight of the change in a revision's reward")
     revisions: int = option(1, "PAG: rounds of verify and revise (0: A*-PO alone)", (0, 10), on=ALL)
     max_new_tokens: int = option(64, "longest response of one turn (tokens)", AT_LEAST_1, on=ALL)
@@ -231,6 +234,15 @@ class Config:
     dtype: str = option("auto", "compute in", choices=DTYPES, on=ALL)
     threads: int = option(0, "CPU threads (0: 1 below 10M parameters, else all)", (0, 1024), on=ALL)
 
+    # The neighbours, Part II:
+    loss: str = option("astarpo", "what a step minimises", choices=LOSS_NAMES)
+    group: int = option(1, "dialogues a problem in a batch (GRPO)", AT_LEAST_1)
+    search: int = option(
+        0, "find answers by best-first search: expansions at most", on="eval solve"
+    )
+    format_reward: float = option(0.0, "bonus for an attempt whose answer can be read", (-10, 10))
+    length_penalty: float = option(0.0, "price of a token beyond half of --max-new-tokens")
+
 
 # --- 2. Problems ----------------------------------------------------------------------------------
 # A problem is a text and the answer that we can check. That is all the supervision there is: the
@@ -260,7 +272,7 @@ class Problem:
 # Two steps: find the answer (`extract_answer`), compare it (`is_equiv`). Model output is hostile
 # text, so limits bound every loop: whatever the text, a comparison takes milliseconds, without
 # eval, timer or thread. The grammar that is read, and how meanings are compared without a computer
-# algebra system, are in Part II, C; nothing of it is needed later in the lesson.
+# algebra system, are in Part III, C; nothing of it is needed later in the lesson.
 
 MAX_ANSWER = 2_000  # characters; the longest gold in MATH has about 160
 MAX_TAIL = 20_000  # characters at the end in which the answer is looked for
@@ -495,9 +507,10 @@ def sample(
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
     # Around all tokens, so that autocast casts the weights once, not for each of them. (Inference
-    # mode is faster than no_grad, but autocast remembers nothing in it.)
+    # mode is faster than no_grad, but autocast remembers nothing in it; switched off, it would
+    # switch gradients on: so no_grad comes after it.)
     fast = torch.inference_mode(policy.dtype == torch.float32)
-    with torch.no_grad(), fast, policy.active():
+    with fast, torch.no_grad(), policy.active():
         logits = read(policy.model, ids, mask, cache)  # (distinct prompts, V)
         copies = torch.tensor([row_of[tuple(p)] for p in prompts], device=policy.device)
         if len(distinct) < len(copies):
@@ -721,12 +734,15 @@ class Dialogue:
         """The verify turns; check k is about attempt k."""
         return [turn for turn in self.turns if turn.role == "verify"]
 
-    def pay(self, alpha: float) -> None:
-        """Give each turn its reward."""
+    def rewards(self, alpha: float) -> list[float]:
+        """What each turn has earned."""
         correct = [turn.correct for turn in self.attempts]
-        rewards = dialogue_rewards(correct, [turn.verdict for turn in self.checks], alpha)
-        for turn, reward in zip(self.turns, rewards):
-            turn.reward = reward
+        return dialogue_rewards(correct, [turn.verdict for turn in self.checks], alpha)
+
+    def pay(self, config: Config) -> None:
+        """Give each turn its reward (`shaping` adds what two options of Part II say, else 0)."""
+        for turn, reward in zip(self.turns, self.rewards(config.alpha)):
+            turn.reward = reward + shaping(turn, config)
 
 
 def next_role(dialogue: Dialogue) -> str | None:
@@ -750,14 +766,20 @@ def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
 def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
     """Let the policy write the next turn of each dialogue, and read off its answer or verdict. (It
     reads the whole dialogue again: keeping the cache saves little time for many lines.)"""
-    role = next_role(dialogues[0])
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
     index, which, turn_no = np.array(counters).T[:, :, None]  # each (B, 1); L positions below
     u = uniform(config.seed, step, index, which, turn_no, np.arange(config.max_new_tokens))
     responses = sample(policy, [dialogue.ids for dialogue in dialogues], u, config)
+    add_turns(policy, dialogues, responses)
+
+
+def add_turns(
+    policy: Policy, dialogues: Sequence[Dialogue], responses: Sequence[Sequence[int]]
+) -> None:
+    """Append to each dialogue a response, as its next turn."""
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
-        start = len(dialogue.ids)
+        start, role = len(dialogue.ids), next_role(dialogue)
         dialogue.ids += response
         turn = Turn(role, start, len(dialogue.ids), text, response[-1] in policy.end_ids)
         if role == "verify":
@@ -790,7 +812,7 @@ def rollout(
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
                 play_turn(policy, [going[i] for i in batch], config, step)
     for dialogue in mine:
-        dialogue.pay(config.alpha)
+        dialogue.pay(config)
     return collect(mine, len(dialogues))
 
 
@@ -880,6 +902,8 @@ class Learner:
     ref: Policy
     v_star: Baselines
     optimizer: torch.optim.Optimizer
+    value: Value | None = None  # these two are for the neighbours, Part II
+    notes: dict[int, Note] = field(default_factory=dict)
 
 
 def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> dict[str, float]:
@@ -902,6 +926,8 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
         logp = zeros.index_add(0, batch.turn, token_logp)  # (n,) sums over each turn's tokens
         ref_logp = zeros.index_add(0, batch.turn, ref_token_logp)  # (n,)
         loss = astarpo_loss(logp, ref_logp, batch.reward, batch.v_star, config.beta2)
+        if config.loss != "astarpo":  # one of Part II
+            loss = neighbour_loss(learner, part, (token_logp, ref_token_logp), config)
         share = weight * len(batch.reward) / n_turns
         policy.scaler.scale(loss * share).backward()
         seen["loss"] += loss.item() * share
@@ -952,19 +978,22 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         before = measure()
         dialogues = stage_one(ref, problems, config, run)
         v_star = baselines(dialogues, config)
-        problems = run.after_stage_one(dialogues, v_star)  # all, or with --drop-unsolved fewer
+        problems = run.after_stage_one(dialogues, v_star) or problems  # --drop-unsolved: fewer
         with policy.active():  # with LoRA, only adapters that are switched on require gradients
             weights = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
         learner = Learner(policy, ref, v_star, optimizer)
+        learn_value(learner, dialogues, config)  # Part II; for A*-PO as it is, nothing
         for step in run.steps(learner):  # from 0, or from where the run was interrupted
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
-            chosen = batch_of_step(problems, step, config.batch_size, config.seed)
+            chosen = batch_of_step(problems, step, config.batch_size // config.group, config.seed)
             # Numbered by place: a problem that comes twice in a batch gets two dialogues.
-            fresh = [Dialogue(p, [*policy.prompt_ids(p)], i) for i, p in enumerate(chosen)]
+            asked = [p for p in chosen for _ in range(config.group)]
+            fresh = [Dialogue(p, [*policy.prompt_ids(p)], i) for i, p in enumerate(asked)]
             with run.timed("sampling"):
                 dialogues = rollout(policy, fresh, config, step + 1)
             with run.timed("updating"):
+                look_ahead(learner, dialogues, config)  # likewise
                 size = math.ceil(len(dialogues) / config.minibatches)
                 parts = [dialogues[i : i + size] for i in range(0, len(dialogues), size)]
                 seen = [update(learner, part, config) for part in parts]
@@ -992,12 +1021,386 @@ def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config)
     """Dialogues about held-out problems, K of each unless greedy."""
     k = config.samples if config.temperature > 0 else 1
     wanted = [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in range(k)]
+    if config.search:  # the first turn by best-first search, Part II
+        find(policy, wanted, config)
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
     return {**summarize(dialogues, k), **evaluate_pool(policy, config)}, dialogues
 
 
 # ==================================================================================================
-# Part II: the appendix
+# Part II: the neighbours
+# ==================================================================================================
+
+# --- 12. Other losses -----------------------------------------------------------------------------
+# What does (6) replace? `--loss` puts another loss in its place, on the same dialogues, with the same
+# letters: a log-ratio L = log pi/pi_ref of a response, an advantage A of a turn or of a token. None
+# of them needs stage 1: with --num-samples 0 the baseline is the batch's mean reward of the role.
+#
+# pg, REINFORCE (Williams 1992) with a price on the KL. Multiply (6) out and divide it by 2 * beta2:
+#
+#     (6) / (2 * beta2)  =  -A * L  +  beta2/2 * L^2  +  A^2 / (2 * beta2)
+#
+# The last term does not depend on pi, and in the first L differs from log pi by a constant: so A*-PO
+# *is* a policy gradient, with Vhat as its baseline and a squared log-ratio as its price. (The square
+# is no accident: the gradient of a sampled L is zero on average, as we saw in section 8, and says
+# nothing; that of L^2/2 is L * grad log pi, on average the gradient of the KL.)
+#
+# grpo (Shao et al. 2024, arXiv 2402.03300): --group G dialogues about each of batch/G problems. The
+# baseline is the group's mean, and the advantage is divided by the group's deviation, which makes
+# rare successes loud; a response is the mean of its tokens, which makes tokens of short ones loud.
+# The ratio pi/pi_old is clipped, so that an old response cannot push for ever. With one update a
+# batch pi_old is pi, the ratio is 1 and nothing is clipped: a policy gradient again.
+#
+# ppo (Schulman et al. 2017): each token has an advantage of its own, from a learned value (section
+# 13), by GAE (Schulman et al. 2016): how much better does the end look after this token? Our value
+# is fitted once, on stage 1, and stays; PPO's own is trained along with the policy. The bonus for
+# entropy is a square, for the reason above.
+#
+# awr (Peng et al. 2019): no gradient of a reward at all, but imitation. If (2) says that pi* weighs
+# a response by exp(A/beta), then let the policy imitate its own responses with these weights.
+
+CLIP, LAMBDA, ENTROPY = 0.2, 0.95, 1e-3  # PPO's clip, GAE's lambda, the weight of the bonus
+
+
+class Note(NamedTuple):
+    """What is known about a turn before its batch's first update: (T,) numbers of its tokens."""
+
+    advantage: Tensor
+    logp: Tensor | None  # when it was sampled; None: as now
+
+
+@dataclass
+class Evidence:
+    """What a loss looks at: M tokens of n turns."""
+
+    logp: Tensor  # (M,) log pi, now
+    old: Tensor  # (M,) when sampled
+    ref: Tensor  # (M,) log pi_ref
+    advantage: Tensor  # (M,) the token's; but for ppo that of its turn
+    turn: Tensor  # (M,) 0 .. n - 1
+
+    def sums(self, numbers: Tensor) -> Tensor:
+        """(M,) -> (n,): the sum over each turn's tokens."""
+        return numbers.new_zeros(int(self.turn[-1]) + 1).index_add(0, self.turn, numbers)
+
+
+def pg_loss(e: Evidence, config: Config) -> Tensor:
+    """-A * log pi + beta2/2 * L^2, a mean over turns: the gradient of (6) / (2 * beta2)."""
+    log_ratio = e.sums(e.logp - e.ref)
+    return (config.beta2 / 2 * log_ratio.square() - e.sums(e.advantage * e.logp)).mean()
+
+
+def clipped(e: Evidence, config: Config) -> Tensor:
+    """(M,) -min(ratio * A, clip(ratio) * A), and beta2 times an estimate of the KL that is never
+    negative (Schulman's k3: 1/q - 1 + log q for q = pi/pi_ref)."""
+    ratio, back = (e.logp - e.old).exp(), e.ref - e.logp
+    bound = ratio.clamp(1 - CLIP, 1 + CLIP)
+    gain = torch.minimum(ratio * e.advantage, bound * e.advantage)
+    return config.beta2 * (back.exp() - 1 - back) - gain
+
+
+def grpo_loss(e: Evidence, config: Config) -> Tensor:
+    """GRPO's equation (3): the mean over a response's tokens, then over responses."""
+    return (e.sums(clipped(e, config)) / e.sums(torch.ones_like(e.logp))).mean()
+
+
+def ppo_loss(e: Evidence, config: Config) -> Tensor:
+    """PPO's equation (9), without its value: clipped, with a bonus for entropy."""
+    return e.sums(clipped(e, config) + ENTROPY / 2 * e.logp.square()).mean()
+
+
+def awr_loss(e: Evidence, config: Config) -> Tensor:
+    """AWR's equation (9): log pi of each response, weighted (`look_ahead` has put exp(A/beta1),
+    normalised over the batch, where the advantage stood)."""
+    return -e.sums(e.advantage * e.logp).mean()
+
+
+LOSSES = {"pg": pg_loss, "grpo": grpo_loss, "ppo": ppo_loss, "awr": awr_loss}
+
+
+def neighbour_loss(
+    learner: Learner, dialogues: Sequence[Dialogue], logps: tuple[Tensor, Tensor], config: Config
+) -> Tensor:
+    """The loss that --loss names, of some dialogues. logps: (M,) each, of policy and reference."""
+    turns = [turn for dialogue in dialogues for turn in dialogue.turns]
+    notes = [learner.notes[id(turn)] for turn in turns]
+    lengths = torch.tensor([turn.end - turn.start for turn in turns], device=logps[0].device)
+    old = logps[0].detach() if notes[0].logp is None else torch.cat([note.logp for note in notes])
+    owner = torch.arange(len(turns), device=lengths.device).repeat_interleave(lengths)
+    advantage = torch.cat([note.advantage for note in notes])
+    return LOSSES[config.loss](Evidence(logps[0], old, logps[1], advantage, owner), config)
+
+
+def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
+    """Generalised advantage estimation. values (T,): V before each token -> A of each token (T,).
+
+    A_t = sum_l lam^l * delta_{t+l} with delta_t = V_{t+1} - V_t, where the reward is the last V.
+
+    >>> gae(torch.tensor([0.5, 0.25]), 1.0, lam=0.5)  # it looked bad at first: 0.5 - 0.25 + 0.375
+    tensor([0.1250, 0.7500])
+    """
+    advantage = torch.cat([values[1:], values.new_tensor([reward])]) - values
+    for t in reversed(range(len(values) - 1)):
+        advantage[t] += lam * advantage[t + 1]
+    return advantage
+
+
+def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> None:
+    """Before a batch's first update: its mean reward as the baseline where there was no stage 1,
+    and what other losses must know of the whole batch. For A*-PO as it is: nothing."""
+    turns = [(d, turn) for d in dialogues for turn in d.turns]
+    if not config.num_samples:
+        paid = {r: mean(t.reward for _, t in turns if t.role == r) or 0.0 for r in ROLES}
+        learner.v_star = {(d.problem.index, role): paid[role] for d in dialogues for role in ROLES}
+    if config.loss == "astarpo":
+        return
+    gains = torch.tensor([t.reward - learner.v_star[d.problem.index, t.role] for d, t in turns])
+    if config.loss == "grpo":
+        groups: dict[tuple[int, str], list[int]] = defaultdict(list)
+        for i, (d, turn) in enumerate(turns):
+            groups[d.problem.index, turn.role].append(i)
+        for group in groups.values():
+            spread = gains[group].std(correction=0) + 1e-4
+            gains[group] = (gains[group] - gains[group].mean()) / spread
+    if config.loss == "awr":
+        gains = (gains / config.beta1).softmax(0) * len(gains)
+    notes = [gain.expand(turn.end - turn.start) for gain, (_, turn) in zip(gains, turns)]
+    if config.loss == "ppo":
+        values = learner.value.along(learner.ref, [d.ids for d in dialogues], config)
+        whole = {id(turn): v for d, v in zip(dialogues, values) for turn in d.turns}
+        notes = [gae(whole[id(t)][t.start - 1 : t.end - 1].cpu(), t.reward) for _, t in turns]
+    old: list[Tensor | None] = [None] * len(turns)
+    if config.minibatches > 1:  # from the second update on, pi is not what it was
+        with torch.no_grad(), gathered(learner.policy.model):
+            for i, (d, turn) in enumerate(turns):
+                scored = torch.zeros(1, len(d.ids), dtype=torch.bool, device=learner.policy.device)
+                scored[:, turn.start : turn.end] = True
+                ids = torch.tensor([d.ids], device=learner.policy.device)
+                old[i] = token_logps(learner.policy, ids, scored, config.temperature)
+    device = learner.policy.device
+    learner.notes = {
+        id(turn): Note(note.to(device), logp) for (_, turn), note, logp in zip(turns, notes, old)
+    }
+
+
+# --- 13. A learned value --------------------------------------------------------------------------
+# Vhat(x) is a number for each problem, and knows nothing of a response half written. A *value
+# function* does: V*(x, y_<t), the best that can still be reached from here. Critics such as PPO's
+# learn the mean instead, what will be reached on average. For rewards 0 and 1 both follow from one
+# probability, p = 'a response of the reference that begins like this ends right':
+#
+#     mean: p        soft: V* = beta * log( 1 - p + p * e^(1/beta) )       ((3), with two outcomes)
+#
+# and p is a logistic regression: a small network over what the reference thinks at that place (its
+# last hidden state), fitted to stage 1's dialogues, a fifth of the problems held out to tell when to
+# stop. It can judge problems that nobody sampled (the held-out R^2 that is printed says how well);
+# Vhat has N samples of the very problem. It costs the hidden states of a pass over stage 1, and what
+# it forgets is that the policy moves on: it stays the value of the *reference*. (A revision's reward
+# may be 2 or -1: here its value is its chance to be right, on-policy a harmless baseline.)
+
+
+class Value(torch.nn.Module):
+    """The logit of p for the reference's hidden states: (..., width) -> (...)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = torch.nn.Linear(width, 64)
+        self.net = torch.nn.Sequential(hidden, torch.nn.Tanh(), torch.nn.Linear(64, 1))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The logit of p."""
+        return self.net(states)[..., 0]
+
+    @torch.no_grad()
+    def along(self, ref: Policy, texts: Sequence[list[int]], config: Config) -> list[Tensor]:
+        """p after each token of each text: (T,) each."""
+        return think(ref, texts, config, lambda i, states: self(states).sigmoid())
+
+
+def soft_value(logit: Tensor, beta: float) -> Tensor:
+    """V* = beta * log(1 - p + p * e^(1/beta)) for the logit of p.
+
+    >>> soft_value(torch.tensor([-1.9459]), 0.5)  # p = 1/8: section 7's Vhat
+    tensor([0.2937])
+    """
+    return beta * torch.logaddexp(F.logsigmoid(-logit), F.logsigmoid(logit) + 1 / beta)
+
+
+@torch.no_grad()
+def think(
+    policy: Policy,
+    texts: Sequence[list[int]],
+    config: Config,
+    keep: Callable[[int, Tensor], Tensor],
+) -> list[Tensor]:
+    """What keep(i, states) makes of the hidden states (T, width) after each token of text i."""
+    kept: dict[int, Tensor] = {}
+    with policy.active(), gathered(policy.model):
+        for batch in token_batches([len(text) for text in texts], config.rollout_tokens // 4):
+            rows = [torch.tensor(texts[i], device=policy.device) for i in batch]
+            ids = pad_sequence(rows, batch_first=True)
+            states = policy.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            kept |= {i: keep(i, s[: len(texts[i])].float()) for i, s in zip(batch, states)}
+    return [kept[i] for i in range(len(texts))]
+
+
+def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> Value:
+    """Fit p to the reference's dialogues, and print how good it is on problems held out."""
+    number = {problem: i for i, problem in enumerate(dict.fromkeys(d.problem for d in dialogues))}
+    if len(number) < 10:
+        raise UsageError("a learned value needs stage 1 on at least 10 problems: --train-limit")
+    turns = [(i, turn) for i, d in enumerate(dialogues) for turn in d.turns]
+    right = [reward for d in dialogues for reward in d.rewards(alpha=0)]  # 0 or 1
+    spread = [np.linspace(turn.start - 1, turn.end - 1, 16).astype(int) for _, turn in turns]
+    places: dict[int, list[int]] = defaultdict(list)  # a long turn counts as much as a short one
+    for (i, _), at in zip(turns, spread):
+        places[i] += at.tolist()
+    x = torch.cat(think(ref, [d.ids for d in dialogues], config, lambda i, s: s[places[i]]))
+    y = torch.tensor(right, device=x.device).repeat_interleave(16)
+    held = torch.tensor([number[dialogues[i].problem] % 5 == 0 for i, _ in turns])
+    held = held.repeat_interleave(16).to(x.device)
+    torch.manual_seed(config.seed)
+    value = Value(x.shape[1]).to(x.device)
+    optimizer = torch.optim.Adam(value.parameters(), lr=1e-3)
+    best, weights, train = math.inf, copy.deepcopy(value.state_dict()), (~held).nonzero()[:, 0]
+
+    def loss(rows: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(value(x[rows]), y[rows])
+
+    while (now := loss(held).item()) < best:  # until it gets worse
+        best, weights = now, copy.deepcopy(value.state_dict())
+        for rows in train[torch.randperm(len(train), device="cpu")].split(1024):
+            optimizer.zero_grad()
+            loss(rows).backward()
+            optimizer.step()
+    value.load_state_dict(weights)
+    solve = torch.tensor([turn.role == "solve" for _, turn in turns], device=x.device)
+    solve = solve.repeat_interleave(16) & held
+    logits, truth = value(x[solve]).detach().view(-1, 16), y[solve].view(-1, 16)[:, 0]
+    first, last = (auc(logits[:, at], truth) for at in (0, -1))
+    r2 = 1 - (truth - soft_value(logits[:, 0], config.beta1)).square().mean() / truth.var()
+    print(f"learned value, held-out problems, solve turns: AUC {first:.2f} at the prompt, ", end="")
+    print(f"{last:.2f} at the end; R^2 as a baseline {r2:.2f}")
+    return value
+
+
+def auc(score: Tensor, truth: Tensor) -> float:
+    """The chance that a right one scores higher than a wrong one (0.5: no better than a coin)."""
+    right, wrong = score[truth > 0], score[truth == 0].sort().values
+    below = sum(torch.searchsorted(wrong, right, side=side) for side in ("left", "right")) / 2
+    return (below.float().mean() / max(1, len(wrong))).item()
+
+
+def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> None:
+    """Fit a value to stage 1 where one is wanted. With --baseline value it replaces Vhat of solve."""
+    if config.loss == "ppo" or config.baseline == "value":
+        learner.value = fit_value(learner.ref, dialogues, config)
+    if config.baseline == "value":
+        prompts = {d.problem.index: d.ids[: d.turns[0].start] for d in dialogues}
+        values = learner.value.along(learner.ref, [*prompts.values()], config)
+        for index, p in zip(prompts, values):
+            learner.v_star[index, "solve"] = soft_value(p[-1].logit(), config.beta1).item()
+
+
+# --- 14. Best-first search: the other A* ----------------------------------------------------------
+# A* search (Hart, Nilsson and Raphael 1968) keeps a queue of half-finished ways, and always goes on
+# with the one whose f = g + h is best: g for what it has cost, h for the best that can still come. The
+# two A* are one if g = log pi_ref(y_<t | x) and h = V*(x, y_<t) / beta:
+#
+# * V* of a prefix and a token, less V* of the prefix, is the token's optimal advantage; its sum over
+#   a response is (4). So f = log pi*(y_<t | x) + V*(x)/beta: what pi* thinks of the prefix.
+# * V* is a log-sum-exp over all that may follow, and at least its largest term: h never promises
+#   less than can still come (it is *admissible*), and f never rises along the way (*consistent*).
+# * So the first complete response at the head of the queue is the likeliest one of pi*.
+#
+# Search reads off, without training and at a price a problem, the policy that A*-PO trains. With the
+# mean p for h there is no such promise; with a fitted value only the hope. One node is opened at a
+# time in each problem: to accept a complete response that is only second in its queue is to accept
+# blurting. (Training never searches: (6) speaks of responses that the policy drew itself, and Vhat
+# drops out of its gradient only if it did.)
+
+BRANCH, QUEUE = 8, 256  # tokens that are tried after a prefix, prefixes that are kept
+Look = Callable[[list[list[int]]], tuple[Tensor, Tensor, Tensor]]
+
+
+class Prefix(NamedTuple):
+    """The beginning of a response, in a queue that is sorted by -f."""
+
+    cost: float  # -f = -(g + h)
+    number: int  # of two that cost the same, the older one comes first
+    response: list[int]
+    complete: bool
+    longer: list[tuple[list[int], float]]  # with another token each, and their g
+
+
+def best_first(
+    look: Look, prompts: Sequence[list[int]], ends: Sequence[int], config: Config
+) -> list[list[int]]:
+    """For each prompt the first complete response at the head of its queue; after --search openings
+    the best complete one in it, or what there is.
+
+    look: texts -> their likeliest next tokens (n, K), log pi_ref of these (n, K), and h (n,).
+    """
+    queues: list[list[Prefix]] = [[] for _ in prompts]
+    numbers = itertools.count()
+
+    def push(nodes: list[tuple[int, list[int], float]]) -> None:
+        tokens, logps, h = look([prompts[i] + response for i, response, _ in nodes])
+        rows = zip(nodes, tokens.tolist(), logps.tolist(), h.tolist())
+        for (i, response, g), next_tokens, costs, promise in rows:
+            complete = response[-1:] != [] and response[-1] in ends
+            complete |= len(response) == config.max_new_tokens
+            longer = [([*response, t], g + c) for t, c in zip(next_tokens, costs) if c > -math.inf]
+            node = Prefix(-(g + promise), next(numbers), response, complete, longer)
+            heapq.heappush(queues[i], node)
+
+    push([(i, [], 0.0) for i in range(len(prompts))])
+    for _ in range(config.search):
+        open_ones = [i for i, queue in enumerate(queues) if not queue[0].complete]
+        if not open_ones:
+            break
+        push([(i, *way) for i in open_ones for way in heapq.heappop(queues[i]).longer])
+        queues = [heapq.nsmallest(QUEUE, queue) for queue in queues]
+    print(f"search: {next(numbers) / len(prompts):.1f} prefixes read a problem")
+    return [min(queue, key=lambda n: (not n.complete, n.cost)).response for queue in queues]
+
+
+def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
+    """--search: stage 1 on the training problems, a value fitted to it, and the solve turn of each
+    dialogue by best-first search. Further turns are played as always."""
+    problems = load_problems(policy, config, "train")
+    drawn = dataclasses.replace(config, temperature=1.0, top_p=1.0, revisions=0)
+    numbers = range(config.num_samples)
+    wanted = [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in numbers]
+    played = [d for part in rollouts(policy, wanted, drawn, 0, "stage 1") for d in part]
+    value, head = fit_value(policy, played, config), policy.model.get_output_embeddings()
+
+    @torch.no_grad()
+    def look(texts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        states = torch.stack(think(policy, texts, config, lambda i, states: states[-1]))
+        with policy.active(), gathered(policy.model):
+            best = head(states).float().log_softmax(-1).topk(BRANCH)
+        return best.indices, best.values, soft_value(value(states), config.beta1) / config.beta1
+
+    add_turns(
+        policy, dialogues, best_first(look, [d.ids for d in dialogues], policy.end_ids, config)
+    )
+
+
+# --- 15. Shaped rewards ---------------------------------------------------------------------------
+# Section 4's warning, to be tried: a bonus for an attempt whose answer can be read (--format-reward),
+# a price for long turns (--length-penalty). Whatever is paid for is what will be had; here there is
+# little to gain by it: the README says what each did to length and accuracy.
+
+
+def shaping(turn: Turn, config: Config) -> float:
+    """What a turn is paid besides. The price counts tokens beyond half of --max-new-tokens."""
+    over = max(0, turn.end - turn.start - config.max_new_tokens // 2)
+    return config.format_reward * (turn.answer is not None) - config.length_penalty * over
+
+
+# ==================================================================================================
+# Part III: the appendix
 # ==================================================================================================
 
 # --- A. Errors, and a line that says how far we are -----------------------------------------------
@@ -1053,7 +1456,7 @@ def check_options(config: Config, command: str) -> None:
         if isinstance(value, int | float) and not (low <= value <= high and value < 2**63):
             limits = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
             raise UsageError(f"{flag} must be {limits}, not {value}")
-        if item.metadata["on"] == ["eval"] and command == "train" and value != item.default:
+        if command == "train" and "train" not in item.metadata["on"] and value != item.default:
             raise UsageError(f"{flag} is for evaluation only")
     if config.v_star and not Path(config.v_star).is_file():
         raise UsageError(f"--v-star {config.v_star}: no such file")
@@ -2457,7 +2860,7 @@ class Run(contextlib.AbstractContextManager):
         write_rows(self.stage_one, [self.mark, *rows])
         done = [to_dialogue(row) for row in rows]
         for dialogue in done:
-            dialogue.pay(self.config.alpha)
+            dialogue.pay(self.config)
         return done
 
     def keep(self, dialogues: Sequence[Dialogue]) -> None:
@@ -2466,6 +2869,8 @@ class Run(contextlib.AbstractContextManager):
 
     def after_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> list[Problem]:
         """Say what stage 1 found. Returns the problems to train on."""
+        if not dialogues:  # --num-samples 0
+            return []
         report_stage_one(dialogues, v_star, self.config, self.told)
         everything = not self.config.drop_unsolved
         kept = {d.problem: None for d in dialogues if everything or d.turns[0].correct}
