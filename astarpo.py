@@ -147,11 +147,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 HERE = Path(__file__).resolve().parent
@@ -1086,20 +1082,19 @@ def local(name: str) -> Path:
     return Path(name)
 
 
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     """'auto' takes the GPU if there is one, and bfloat16 where the GPU has it, else float16."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with trying(f"--device {device}"):
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-            raise ValueError("it must be auto, cpu, cuda or cuda:N")
-        if ":" in device and dist.is_initialized():
-            raise ValueError("under torchrun each process takes a GPU of its own")
-        torch.empty(0, device=device)
-    if dtype == "auto":
-        bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "float32" if device == "cpu" else "bfloat16" if bf16 else "float16"
-    return torch.device(device), getattr(torch, dtype)
+    name, best = config.device, "float32"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in name and dist.is_initialized():
+        raise UsageError(f"--device {name}: under torchrun each process takes a GPU of its own")
+    with trying(f"--device {name}"):
+        device = torch.empty(0, device=name).device
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        best = "bfloat16" if bf16 else "float16"
+    return device, getattr(torch, best if config.dtype == "auto" else config.dtype)
 
 
 PLAIN_TEMPLATE = (
@@ -1122,13 +1117,13 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             import peft
 
             model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
-            model, info = model.merge_and_unload(), {"missing_keys": []}
+            model = model.merge_and_unload()
             model.had_adapters = True
         else:
             options["output_loading_info"] = True
             model, info = AutoModelForCausalLM.from_pretrained(str(path), **options)
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"its weights lack {len(missing)} tensors ({missing[0]}…)")
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(f"its weights lack {len(missing)} tensors ({missing[0]}…)")
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):
             raise ValueError(f"{len(tokenizer)} tokens, but embeddings of {rows} only")
@@ -1143,12 +1138,12 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def load_policy(config: Config) -> Policy:
     """Load any causal language model of the Hugging Face format, ready to be trained."""
-    device, dtype = choose_device(config.device, config.dtype)
+    device, dtype = choose_device(config)
     half = dtype == torch.float16  # also what 'auto' takes on a GPU without bfloat16
     if half and config.parallel == "fsdp" and world()[1] > 1:
         raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
     model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    millions = model.num_parameters() / 1e6
     # A tiny model is faster on one core: handing out its small products costs more than they do,
     # and next to a busy process the cores wait for each other (seen: 20 times slower).
     torch.set_num_threads(config.threads or (1 if millions < 10 else os.cpu_count() or 1))
@@ -1161,13 +1156,9 @@ def load_policy(config: Config) -> Policy:
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
-        with trying(f"--model {config.model} goes not with --gradient-checkpointing"):
-            model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable()
         for layer in blocks(model):  # `method` sets their training flag: no dropout may wake by it
-            rates = [
-                name for name, v in vars(layer).items() if "dropout" in name and type(v) is float
-            ]
-            vars(layer).update(dict.fromkeys(rates, 0.0))
+            vars(layer).update({name: 0.0 for name in vars(layer) if "dropout" in name})
     return policy
 
 
@@ -1208,26 +1199,23 @@ def bridge_text(tokenizer: Any, request: str) -> str:
 
 @torch.no_grad()
 def check_model(name: str, policy: Policy) -> None:
-    """Two things that the lesson takes for granted, tried on a few tokens: that prompts of unequal
-    length can share a key/value cache whose rows move (`sample`), and that logits are the decoder's
-    output times the head (`score_tokens`). Raises UsageError."""
+    """Is what `sample` draws from what `score_tokens` scores? The one trusts that prompts of unequal
+    length can share a key/value cache whose rows move, the other that logits are the decoder's
+    output times the head. Tried on a few tokens. Raises UsageError."""
     model, head = policy.model, policy.model.get_output_embeddings()
     text = torch.arange(8, device=policy.device) * 7 % len(model.get_input_embeddings().weight)
-    whole, later = text[None], text[None, 2:]  # (1, 8), (1, 6)
     ids, mask = torch.stack([text, text]), torch.ones_like(text).repeat(2, 1)  # (2, 8)
-    mask[0, :2] = 0  # the first row is `later`: the rest of it is padding
+    mask[0, :2] = 0  # the first row is text[2:]: the rest of it is padding
     with trying(f"--model {name} cannot be sampled here"), policy.active():
         cache = Cache(config=model.config)
         read(model, ids[:, :7], mask[:, :7], cache)
         cache.batch_select_indices(torch.tensor([1, 0], device=policy.device))
-        cached = read(model, ids[:, 7:], mask.flip(0), cache)  # (2, V): of `whole`, of `later`
-        plain = torch.cat([model(input_ids=t).logits[:, -1].float() for t in (whole, later)])
-        apart = head(model.get_decoder()(input_ids=whole).last_hidden_state[:, -1]).float()
-        scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * plain.std()
-        if not (cached - plain).abs().max() <= scale:  # nan, too
-            raise ValueError("with a key/value cache it computes something else")
-        if not (apart - plain[:1]).abs().max() <= scale:
-            raise ValueError("its logits are not its head's (a soft cap?)")
+        sampled = read(model, ids[:, 7:], mask.flip(0), cache)  # (2, V): of text, of text[2:]
+        states = [model.get_decoder()(input_ids=t[None])[0][:, -1] for t in (text, text[2:])]
+        scored = head(torch.cat(states)).float()
+        scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * scored.std()
+        if not (sampled - scored).abs().max() <= scale:  # nan, too
+            raise ValueError("it needs more than a key/value cache, or caps its logits")
 
 
 def weights_hash(model: Any) -> str:
@@ -1241,33 +1229,34 @@ def weights_hash(model: Any) -> str:
 
 
 def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
-    """The problems of --train-data (split "train") or --eval-data ("test"), each once, less those
-    without an answer and those that are too long."""
+    """The first problems of --train-data (split "train") or --eval-data ("test"), each once, less
+    those without an answer and those that are too long."""
     check_context(policy, config)
     source = {"train": config.train_data, "test": config.eval_data}[split]
-    limit = {"train": config.train_limit, "test": config.eval_limit}[split]
-    measuring = dataclasses.replace(policy, prompts={})  # what is left out is not remembered
+    limit = {"train": config.train_limit, "test": config.eval_limit}[split] or math.inf
     kept: dict[str, Problem] = {}
     left_out: Counter[str] = Counter()
-    for index, (place, row) in enumerate(read_rows(source, split)):
-        problem = to_problem(row, index, place, config)
+    rows, row = 0, {}
+    for rows, (place, row) in enumerate(read_rows(source, split), start=1):
+        if len(kept) == limit:
+            continue  # it only counts
+        problem = to_problem(row, rows - 1, place, config)
         if no_answer(problem.answer):
             left_out["have no answer"] += 1
         elif problem.problem in kept:
             left_out["came before"] += 1
-        elif len(measuring.prompt_ids(problem)) > config.max_prompt_tokens:
+        elif len(policy.prompt_ids(problem)) > config.max_prompt_tokens:
             left_out[f"are longer than --max-prompt-tokens {config.max_prompt_tokens}"] += 1
         else:
             kept[problem.problem] = problem
     why = "".join(f"; {count} {reason}" for reason, count in left_out.items())
     if not kept:
-        columns = f"; there are the columns {', '.join(row)}" if left_out else ""
-        raise UsageError(f"{source} holds no problems that can be used{why}{columns}")
-    taken = [*kept.values()][: limit or None]
-    policy.prompts.update((problem, measuring.prompts[problem]) for problem in taken)
+        why += f"; there are the columns {', '.join(row)}" if row else ""
+        raise UsageError(f"{source} holds no problems that can be used{why}")
+    taken = [*kept.values()]
     if strange := [problem.answer for problem in taken if not readable(problem.answer)]:
         print(f"{source}: {len(strange)} answers can only be met word for word, as", strange[:2])
-    print(f"{source}: {len(taken)} of {len(kept) + left_out.total()} problems{why}. For example:")
+    print(f"{source}: {len(taken)} of {rows} problems{why}. For example:")
     for problem in taken[:2]:
         print(f"  {textwrap.shorten(problem.problem, 56)} -> {problem.answer[:16]}")
     return taken
@@ -1320,10 +1309,12 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
             yield f"{source}, {name} row {number}", row
 
 
-# What others call the columns of MATH's schema.
-COLUMNS = {
-    "problem": ("problem", "question", "prompt"),
-    "answer": ("answer", "final_answer", "reward_model", "solution"),
+COLUMNS = {  # MATH's columns, and what others call them
+    "problem": ["problem", "question", "prompt"],
+    "answer": ["answer", "final_answer", "reward_model", "solution"],
+    "solution": ["solution"],
+    "level": ["level"],
+    "subject": ["subject", "type"],
 }
 
 
@@ -1333,40 +1324,35 @@ def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
     """
     if not isinstance(row, dict):
         raise UsageError(f"{place}: not a JSON object")
+    named = {"problem": config.problem_column, "answer": config.answer_column}
+    columns = COLUMNS | {kind: [name.lower()] for kind, name in named.items() if name}
     cells = {name.lower(): text_of(cell) for name, cell in row.items()}
-    found = {}
-    for kind, usual in COLUMNS.items():
-        named = getattr(config, f"{kind}_column").lower()
-        names = (named,) if named else usual
-        name = next((name for name in names if cells.get(name, "") != ""), names[0])
-        found[kind] = cells.get(name, "")
-        if found[kind] is None or (kind == "problem" and not found[kind]):
-            columns = ", ".join(f"{n} ({type(cell).__name__})" for n, cell in row.items())
-            remedy = f"there are {columns}; --{kind}-column names another"
-            raise UsageError(f"{place}: no column '{name}' with a text ({remedy})")
-    answer, solution = found["answer"], cells.get("solution") or ""
+    found = {kind: next(filter(None, map(cells.get, names)), "") for kind, names in columns.items()}
+    if not found["problem"]:
+        there = ", ".join(f"{name} ({type(cell).__name__})" for name, cell in row.items())
+        remedy = f"there are {there}; --problem-column names another"
+        raise UsageError(f"{place}: no column '{columns['problem'][0]}' with a text ({remedy})")
+    answer, solution = found["answer"], found["solution"]
     if re.search(r"####|\\boxed", answer) or answer == solution:
         solution, answer = answer, extract_answer(answer) or ""
     if listed := re.fullmatch(r"\[\s*(['\"])([^'\"]*)\1\s*\]", answer):  # "['5']"
         answer = listed[2]
     if not readable(answer):  # its backslashes may be doubled
         answer = answer.replace("\\\\", "\\")
-    digits = re.search(r"\d+", cells.get("level") or "")
+    digits = re.search(r"\d+", found["level"])
     level = int(digits[0]) if digits else None
-    subject = cells.get("subject") or cells.get("type") or ""
-    return Problem(index, found["problem"], answer, solution, level, subject)
+    return Problem(index, found["problem"], answer, solution, level, found["subject"])
 
 
-def text_of(cell: Any) -> str | None:
-    """The text in a cell: of a number, of the only element of a list, of a chat's last message by
-    the user, of verl's {"ground_truth": ...}; '' if it is empty, None for what is none of these."""
-    if isinstance(cell, list) and all(isinstance(part, dict) for part in cell):
-        cell = next((part.get("content") for part in cell[::-1] if part.get("role") == "user"), "")
-    if isinstance(cell, dict):
-        cell = cell.get("ground_truth", cell)
-    if isinstance(cell, list) and len(cell) == 1:
-        cell = cell[0]
-    return "" if cell is None else str(cell) if type(cell) in (int, float, str) else None
+def text_of(cell: Any) -> str:
+    """The text in a cell, also of a chat that ends with the user's message, of verl's
+    {"ground_truth": ...}, of a list's only element; '' where there is none."""
+    match cell:
+        case [*_, {"role": "user", "content": inner}] | {"ground_truth": inner} | [inner]:
+            return text_of(inner)
+        case str() | int() | float():
+            return str(cell)
+    return ""
 
 
 def check_context(policy: Policy, config: Config) -> None:
@@ -2902,10 +2888,9 @@ EVAL_PRESETS: dict[str, dict[str, Any]] = {"pag": {"temperature": 0.6, "top_p": 
 
 def newest_model() -> str:
     """The checkpoint of the run in runs/ that finished last, else the base."""
-    finished = sorted(Path("runs").glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
-    found = [str(file.parent / "checkpoint") for file in finished]
-    print(f"model: {found[-1]} (the newest finished run)" if found else "model: data/base (no run)")
-    return found[-1] if found else "data/base"
+    finished = Path("runs").glob("*/summary.json")
+    newest = max(finished, key=lambda file: file.stat().st_mtime, default=None)
+    return str(newest.parent / "checkpoint") if newest else Config().model
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -2953,23 +2938,21 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     for item in dataclasses.fields(Config):
         if item.name == "max_prompt_tokens":
             group = parser.add_argument_group("for real models, other data and long runs")
-        if command not in item.metadata["on"]:
-            continue
-        kind, choices = TYPES[item.type], item.metadata["choices"] or None
-        name = None if choices else kind.__name__.upper()
-        takes = {"type": kind, "choices": choices, "metavar": name}
-        if kind is bool:
-            takes = {"action": argparse.BooleanOptionalAction}
-        default = changed.get(item.name, item.default)
-        text = item.metadata["help"] + f" (default: {default})" * (default not in ("", None))
-        flag = "--" + item.name.replace("_", "-")
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **takes)
+        if command in item.metadata["on"]:
+            kind, choices = TYPES[item.type], item.metadata["choices"] or None
+            takes = {"type": kind, "choices": choices}
+            if kind is bool:
+                takes = {"action": argparse.BooleanOptionalAction}
+            default = changed.get(item.name, item.default)
+            text = item.metadata["help"] + f" (default: {default})" * (default not in ("", None))
+            flag = "--" + item.name.replace("_", "-")
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **takes)
     parser.add_argument("--preset", choices=PRESETS, help="the sizes for a real model and MATH")
     parser.add_argument("--config", metavar="FILE", help="the options of a run's config.json")
     parser.epilog = "An option that is given counts before --config, that before --preset."
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line: a command and its options."""
     about = "A*-PO + PAG: reinforcement learning of mathematical reasoning."
     parser = argparse.ArgumentParser(prog="astarpo.py", description=about)
@@ -2999,15 +2982,14 @@ def chosen_config(options: argparse.Namespace) -> Config:
         if options.preset or options.config or given.keys() - {*RESUMABLE}:
             raise UsageError("--resume goes on with the run's own options: leave the others out")
         return dataclasses.replace(first(lambda: unfinished_run(options.resume)), **given)
-    values = dict(PRESETS[options.preset]) if options.preset else {}
+    values = {**PRESETS.get(options.preset, {})}
     if options.config:
         values |= vars(read_config(Path(options.config))) | {"out": ""}
-    if options.command != "train":
-        values = {name: v for name, v in values.items() if options.command in commands[name]}
+    if options.command != "train":  # what they say of these is about training
         values |= {"model": "", "temperature": None, "eval_limit": 0}
-        preset = EVAL_PRESETS.get(options.preset, {})
-        values |= {name: v for name, v in preset.items() if options.command in commands[name]}
-    return Config(**values | given)
+        values |= EVAL_PRESETS.get(options.preset, {})
+    values |= given
+    return Config(**{name: v for name, v in values.items() if options.command in commands[name]})
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -3031,25 +3013,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Bad input is seen by all processes of a machine: the first of them tells.
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
     with contextlib.nullcontext() if leads else contextlib.redirect_stderr(None):
-        options = parse(sys.argv[1:] if argv is None else argv)
+        options = parse(argv)
     try:
         run_command(options)
         return 0
-    except UsageError as error:
+    except (UsageError, ImportError) as error:  # no matplotlib for 'plot', no peft for --lora
         status, message = 2, str(error)
-    except ImportError as error:  # matplotlib for 'plot', peft for --lora
-        status, message = 2, f"{error}; pip install {error.name}"
     except torch.OutOfMemoryError:
-        status, message = 1, OUT_OF_MEMORY
-    except (RunError, OSError) as error:  # OSError: a full disk, say
-        status, message = 1, str(error)
+        status, message = 1, (
+            "out of memory. While sampling, a lower --rollout-tokens helps; in the update a lower "
+            "--update-tokens or --gradient-checkpointing (go on with 'train --resume' and these); "
+            "for good --lora 32, shorter responses (--max-new-tokens) or a smaller model"
+        )
+    except (RunError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, say
+        status, message = 1, str(error) or "stopped"
     except RuntimeError as error:
         lost = str(error).strip().split("\n")[0]
         if "RANK" not in os.environ or not re.search("(?i)peer|connection|timed? ?out|nccl", lost):
             raise
         status, message = 1, f"another process of this run is gone ({lost}); go on with --resume"
-    except KeyboardInterrupt:  # of a training run `Run` tells more
-        status, message = 1, "stopped"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -3057,12 +3039,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 
-
-OUT_OF_MEMORY = (
-    "out of memory. While sampling, a lower --rollout-tokens helps; in the update a lower "
-    "--update-tokens or --gradient-checkpointing (go on with 'train --resume' and these); for good "
-    "--lora 32, shorter responses (--max-new-tokens) or a smaller model"
-)
 
 if __name__ == "__main__":
     sys.exit(main())
