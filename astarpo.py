@@ -108,7 +108,6 @@ import importlib.util
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -1009,12 +1008,11 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
-    """Let other libraries work without a word of theirs between our lines. Whatever they raise (each
-    has its own kinds, dozens of them) becomes one sentence that begins with `what`."""
-    before = logging.root.manager.disable
-    logging.disable()
+    """Let other libraries work without their progress bars and warnings between our lines. Whatever
+    they raise (each has its own kinds, dozens of them) becomes one sentence that begins with `what`.
+    """
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars and warnings
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
     except (UsageError, RunError, ModuleNotFoundError, torch.OutOfMemoryError):
         raise  # for these there are better words
@@ -1022,8 +1020,6 @@ def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
         cause = error.__cause__ or error
         reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
         raise kind(f"{what}: {reason}") from error
-    finally:
-        logging.disable(before)
 
 
 SHOWN = {  # metric: its name on the progress line
@@ -1074,27 +1070,10 @@ def at_temperature(config: Config, default: float) -> Config:
 
 def local(name: str) -> Path:
     """A file or folder, here or beside this file (where data/ lies); else a hub id: owner/name."""
-    for path in (Path(name), HERE / name):
-        if path.exists():
-            return path
-    if name.count("/") != 1:
+    path = next(filter(Path.exists, (Path(name), HERE / name)), Path(name))
+    if not path.exists() and name.count("/") != 1:
         raise UsageError(f"{name}: no such file or folder")
-    return Path(name)
-
-
-def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """'auto' takes the GPU if there is one, and bfloat16 where the GPU has it, else float16."""
-    name, best = config.device, "float32"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if ":" in name and dist.is_initialized():
-        raise UsageError(f"--device {name}: under torchrun each process takes a GPU of its own")
-    with trying(f"--device {name}"):
-        device = torch.empty(0, device=name).device
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        best = "bfloat16" if bf16 else "float16"
-    return device, getattr(torch, best if config.dtype == "auto" else config.dtype)
+    return path
 
 
 PLAIN_TEMPLATE = (
@@ -1138,8 +1117,17 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def load_policy(config: Config) -> Policy:
     """Load any causal language model of the Hugging Face format, ready to be trained."""
-    device, dtype = choose_device(config)
-    half = dtype == torch.float16  # also what 'auto' takes on a GPU without bfloat16
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name if config.device == "auto" else config.device
+    if ":" in name and dist.is_initialized():
+        raise UsageError(f"--device {name}: under torchrun each process takes a GPU of its own")
+    with trying(f"--device {name}"):
+        device = torch.empty(0, device=name).device
+    dtype = getattr(torch, config.dtype, torch.float32)  # "auto", on a CPU
+    if config.dtype == "auto" and device.type == "cuda":  # not all GPUs have bfloat16
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if bf16 else torch.float16
+    half = dtype == torch.float16
     if half and config.parallel == "fsdp" and world()[1] > 1:
         raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
     model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
@@ -1174,10 +1162,9 @@ def turn_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """What ends a response: what model and tokenizer are configured with, and the marker that the
     chat template writes after an answer (base models are often configured with another one)."""
     found = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id).tolist()}
+    markers = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     with contextlib.suppress(UsageError):  # without verify turns any template will do
-        after = encode(tokenizer, bridge_text(tokenizer, "Q"))[0]
-        marker = tokenizer.added_tokens_decoder.get(after)
-        found |= {after} if marker and marker.special else set()
+        found |= markers & {encode(tokenizer, bridge_text(tokenizer, "Q"))[0]}
     return tuple(sorted(found - {None}))
 
 
@@ -1271,7 +1258,7 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 place = f"{path}, line {number}"
                 try:
-                    row = json.loads(line if whole or line.endswith("\n") else "")
+                    row = json.loads(line)
                     json.dumps(row, ensure_ascii=False).encode()  # no broken UTF-8, no lone \ud800
                 except (ValueError, RecursionError) as error:
                     if whole:
@@ -2865,32 +2852,21 @@ TYPES = {"int": int, "float": float, "float | None": float, "str": str, "bool": 
 RESUMABLE = ("rollout_tokens", "update_tokens", "gradient_checkpointing", "device")
 
 # Real models. What is marked * is the value of the A*-PO authors' MATH script (7,500 problems, 25
-# epochs: 732 batches of 256); what is not is ours, for one GPU of 80 GB.
+# epochs: 732 batches of 256), and so are our defaults of beta1, beta2 and N; what is not is ours,
+# for one GPU of 80 GB.
 A_PO = {
     "model": "Qwen/Qwen2.5-1.5B",  # *
     "train_data": "EleutherAI/hendrycks_math",  # * the 7,500 problems of MATH
     "eval_data": "HuggingFaceH4/MATH-500",  # *
-    "beta1": 0.5, "beta2": 1e-3, "num_samples": 8,  # *
     "lr": 1e-6, "batch_size": 256, "minibatches": 2, "steps": 732,  # *
-    "max_prompt_tokens": 256, "max_new_tokens": 1024,  # *
-    "drop_unsolved": False, "revisions": 0,  # * never-solved problems are kept; no PAG turns
-    "train_limit": 0, "eval_limit": 0, "warmup": 10, "save_every": 20, "eval_every": 0,
+    "max_prompt_tokens": 256, "max_new_tokens": 1024, "revisions": 0,  # * (no PAG turns)
+    "train_limit": 0, "eval_limit": 0, "warmup": 10, "save_every": 20,
     "rollout_tokens": 500_000, "update_tokens": 16_384, "gradient_checkpointing": True,
 }  # fmt: skip
-PRESETS = {
-    "a-po": A_PO,
-    # Our combination: PAG's model and its one revision with alpha 1, trained as above.
-    "pag": {**A_PO, "model": "Qwen/Qwen2.5-1.5B-Instruct", "revisions": 1, "alpha": 1.0},
-}
+# Our combination: PAG's model and its one revision, trained as above.
+PRESETS = {"a-po": A_PO, "pag": A_PO | {"model": "Qwen/Qwen2.5-1.5B-Instruct", "revisions": 1}}
 # How the PAG authors evaluate.
-EVAL_PRESETS: dict[str, dict[str, Any]] = {"pag": {"temperature": 0.6, "top_p": 0.95, "samples": 8}}
-
-
-def newest_model() -> str:
-    """The checkpoint of the run in runs/ that finished last, else the base."""
-    finished = Path("runs").glob("*/summary.json")
-    newest = max(finished, key=lambda file: file.stat().st_mtime, default=None)
-    return str(newest.parent / "checkpoint") if newest else Config().model
+EVAL_PRESETS = {"pag": {"temperature": 0.6, "top_p": 0.95, "samples": 8}}
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -2903,7 +2879,6 @@ def evaluate(config: Config) -> dict[str, Any]:
     if config.compare:  # loaded first: that there is no such model must not be news in the end
         other = load_policy(dataclasses.replace(config, model=config.compare))
         check_context(other, config)
-    first(lambda: new_folder(str(folder), make=True))
     summary, dialogues = evaluate_policy(policy, problems, config)
     if config.compare:
         _, theirs = evaluate_policy(other, problems, config)
@@ -2921,8 +2896,7 @@ def solve(config: Config, problem: str) -> Dialogue:
     check_options(config, "solve")
     if not problem.strip():
         raise UsageError('the problem is empty: give its text, in quotes, like "What is 2 + 3?"')
-    policy = load_policy(config)
-    asked = Problem(0, problem, "")
+    policy, asked = load_policy(config), Problem(0, problem, "")
     prompt = policy.prompt_ids(asked)
     check_context(policy, dataclasses.replace(config, max_prompt_tokens=len(prompt)))
     dialogue = rollout(policy, [Dialogue(asked, [*prompt])], config, -1)[0]
@@ -2982,7 +2956,7 @@ def chosen_config(options: argparse.Namespace) -> Config:
         if options.preset or options.config or given.keys() - {*RESUMABLE}:
             raise UsageError("--resume goes on with the run's own options: leave the others out")
         return dataclasses.replace(first(lambda: unfinished_run(options.resume)), **given)
-    values = {**PRESETS.get(options.preset, {})}
+    values: dict[str, Any] = {**PRESETS.get(options.preset, {})}
     if options.config:
         values |= vars(read_config(Path(options.config))) | {"out": ""}
     if options.command != "train":  # what they say of these is about training
@@ -2999,7 +2973,10 @@ def run_command(options: argparse.Namespace) -> None:
         return print(f"written to {options.out}")
     join_processes(getattr(options, "device", ""))
     config = chosen_config(options)
-    config.model = config.model or newest_model()
+    if not config.model:  # the run in runs/ that finished last, else the base
+        finished = Path("runs").glob("*/summary.json")
+        newest = max(finished, key=lambda file: file.stat().st_mtime, default=None)
+        config.model = str(newest.parent / "checkpoint") if newest else Config().model
     if options.command == "train":
         train(config, resume=options.resume is not None)
     elif options.command == "eval":
@@ -3020,7 +2997,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, ImportError) as error:  # no matplotlib for 'plot', no peft for --lora
         status, message = 2, str(error)
     except torch.OutOfMemoryError:
-        status, message = 1, (
+        status = 1
+        message = (
             "out of memory. While sampling, a lower --rollout-tokens helps; in the update a lower "
             "--update-tokens or --gradient-checkpointing (go on with 'train --resume' and these); "
             "for good --lora 32, shorter responses (--max-new-tokens) or a smaller model"
