@@ -1035,8 +1035,11 @@ def progress(label: str, total: int, done: int = 0) -> tqdm:
     return tqdm(total=total, initial=done, desc=label, **options)
 
 
-def check_options(config: Config, command: str) -> None:
-    """Refuse nonsense before anything is loaded. Raises UsageError."""
+def check_options(config: Config, command: str) -> Config:
+    """Refuse nonsense before anything is loaded: UsageError. Returns the options with a temperature,
+    if none was given: training needs samples, the others are greedy."""
+    given, usual = config.temperature, 1.0 if command == "train" else 0.0
+    config = dataclasses.replace(config, temperature=float(usual if given is None else given))
     for item in dataclasses.fields(config):
         flag, value = "--" + item.name.replace("_", "-"), getattr(config, item.name)
         (low, high), choices = item.metadata["within"], item.metadata["choices"]
@@ -1057,12 +1060,7 @@ def check_options(config: Config, command: str) -> None:
         raise UsageError("--parallel fsdp does not go with --lora: use ddp")
     if command != "train" and config.samples > 1 and config.temperature == 0:
         raise UsageError("--samples above 1 needs --temperature above 0: greedy ones are all alike")
-
-
-def at_temperature(config: Config, default: float) -> Config:
-    """The same options with a temperature, if none was given."""
-    given = config.temperature
-    return dataclasses.replace(config, temperature=default if given is None else float(given))
+    return config
 
 
 # --- B. Loading and saving ------------------------------------------------------------------------
@@ -1123,10 +1121,9 @@ def load_policy(config: Config) -> Policy:
         raise UsageError(f"--device {name}: under torchrun each process takes a GPU of its own")
     with trying(f"--device {name}"):
         device = torch.empty(0, device=name).device
-    dtype = getattr(torch, config.dtype, torch.float32)  # "auto", on a CPU
-    if config.dtype == "auto" and device.type == "cuda":  # not all GPUs have bfloat16
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if bf16 else torch.float16
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    best = "float32" if device.type == "cpu" else "bfloat16" if bf16 else "float16"
+    dtype = getattr(torch, best if config.dtype == "auto" else config.dtype)
     half = dtype == torch.float16
     if half and config.parallel == "fsdp" and world()[1] > 1:
         raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
@@ -1357,17 +1354,12 @@ def check_context(policy: Policy, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def whole_or_not(path: Path, mode: str = "w") -> Iterator[Any]:
-    """A file to write, or a folder (mode "folder") to fill, that takes its place, on the disk, only
-    when it is complete."""
+def whole_or_not(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that takes its place, on the disk, only when it is complete."""
     partial = path.with_name(path.name + ".partial")
     with trying(f"{path} cannot be written", RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if mode == "folder":
-            yield partial
-        else:
-            with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-                yield file
+        yield partial
         for written in filter(Path.is_file, [partial, *partial.rglob("*")]):
             with written.open("r+b") as file:
                 os.fsync(file.fileno())
@@ -1381,7 +1373,8 @@ def write_rows(
 ) -> None:
     """Write a JSON or JSONL file, whole or not at all, or append to it (in the first process)."""
     if is_first():
-        with path.open("a", encoding="utf-8") if append else whole_or_not(path) as file:
+        place = contextlib.nullcontext(path) if append else whole_or_not(path)
+        with place as target, target.open("a" if append else "w", encoding="utf-8") as file:
             for row in rows:
                 text = json.dumps(row, ensure_ascii=False, indent=indent, default=vars)
                 file.write(text + "\n")
@@ -1398,7 +1391,7 @@ def save_model(policy: Policy, folder: Path) -> None:
     dealt_out = isinstance(policy.model, FSDPModule)  # by fsdp; else the model has its own whole
     weights = get_model_state_dict(policy.model, options=WHOLE) if dealt_out else None
     if is_first():
-        with whole_or_not(folder, "folder") as partial:
+        with whole_or_not(folder) as partial:
             policy.model.save_pretrained(partial, state_dict=weights)
             policy.tokenizer.save_pretrained(partial)
 
@@ -2361,8 +2354,7 @@ class Run(contextlib.AbstractContextManager):
     def __init__(self, config: Config, resume: bool) -> None:
         if resume and Path(config.out, "v_star.jsonl").exists():
             config = dataclasses.replace(config, v_star="")  # it has its own copy
-        self.config, self.resumed = at_temperature(config, 1.0), resume
-        check_options(self.config, "train")
+        self.config, self.resumed = check_options(config, "train"), resume
         self.folder = Path(config.out) if resume else first(lambda: new_folder(config.out))
         self.metrics: list[dict[str, Any]] = []  # of the steps so far
         self.evaluations: list[dict[str, Any]] = []  # of --eval-every
@@ -2513,7 +2505,7 @@ class Run(contextlib.AbstractContextManager):
             "evaluations": self.evaluations,
         }
         if is_first():
-            with whole_or_not(self.folder / "state.pt", "wb") as file:
+            with whole_or_not(self.folder / "state.pt") as partial, partial.open("wb") as file:
                 torch.save(state, file)
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
@@ -2871,8 +2863,7 @@ EVAL_PRESETS = {"pag": {"temperature": 0.6, "top_p": 0.95, "samples": 8}}
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Evaluate --model on the held-out problems; writes a line a dialogue and the summary."""
-    config = at_temperature(config, 0.0)
-    check_options(config, "eval")
+    config = check_options(config, "eval")
     folder = first(lambda: new_folder(config.out, "-eval"))
     policy = load_policy(config)
     problems = load_problems(policy, config, "test")
@@ -2892,8 +2883,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 def solve(config: Config, problem: str) -> Dialogue:
     """Let --model solve, check and revise one problem; prints the dialogue."""
-    config = at_temperature(config, 0.0)
-    check_options(config, "solve")
+    config = check_options(config, "solve")
     if not problem.strip():
         raise UsageError('the problem is empty: give its text, in quotes, like "What is 2 + 3?"')
     policy, asked = load_policy(config), Problem(0, problem, "")
