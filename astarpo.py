@@ -1008,9 +1008,8 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
-    """Let other libraries work without their progress bars and warnings between our lines. Whatever
-    they raise (each has its own kinds, dozens of them) becomes one sentence that begins with `what`.
-    """
+    """Hide the progress bars and warnings of other libraries, and make of whatever they raise (each
+    has its own kinds, dozens of them) one sentence that begins with `what`."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
@@ -1036,8 +1035,8 @@ def progress(label: str, total: int, done: int = 0) -> tqdm:
 
 
 def check_options(config: Config, command: str) -> Config:
-    """Refuse nonsense before anything is loaded: UsageError. Returns the options with a temperature,
-    if none was given: training needs samples, the others are greedy."""
+    """Refuse nonsense, with a UsageError, before anything is loaded. Returns the options, with the
+    command's temperature if none was given."""
     given, usual = config.temperature, 1.0 if command == "train" else 0.0
     config = dataclasses.replace(config, temperature=float(usual if given is None else given))
     for item in dataclasses.fields(config):
@@ -1247,9 +1246,8 @@ def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
 
 
 def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
-    """(place, row) for each line, where the place ("file, line 3") is for error messages. Of a file
-    that need not be `whole`, as a kill can leave half a line, the rows up to the first broken one.
-    """
+    """(place, row) for each line; the place ("file, line 3") is for error messages. Of a file that
+    need not be `whole`, as a kill can leave half a line, the rows up to the first broken one."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -1303,9 +1301,8 @@ COLUMNS = {  # MATH's columns, and what others call them
 
 
 def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
-    """Read a row in MATH's schema or in one of its common variants: other names, a box or GSM8K's
-    #### in a worked solution, a chat as prompt. No answer is ''. Raises UsageError with the place.
-    """
+    """Read a row in MATH's schema or in a common variant: other names, a box or GSM8K's #### in a
+    worked solution, a chat as prompt. No answer is ''. Raises UsageError with the place."""
     if not isinstance(row, dict):
         raise UsageError(f"{place}: not a JSON object")
     named = {"problem": config.problem_column, "answer": config.answer_column}
@@ -1368,15 +1365,13 @@ def whole_or_not(path: Path) -> Iterator[Path]:
         partial.replace(path)
 
 
-def write_rows(
-    path: Path, rows: Iterable[Any], append: bool = False, indent: int | None = None
-) -> None:
+def write_rows(path: Path, rows: Iterable[Any], append: bool = False, indent: int = 0) -> None:
     """Write a JSON or JSONL file, whole or not at all, or append to it (in the first process)."""
     if is_first():
         place = contextlib.nullcontext(path) if append else whole_or_not(path)
         with place as target, target.open("a" if append else "w", encoding="utf-8") as file:
             for row in rows:
-                text = json.dumps(row, ensure_ascii=False, indent=indent, default=vars)
+                text = json.dumps(row, ensure_ascii=False, indent=indent or None, default=vars)
                 file.write(text + "\n")
 
 
