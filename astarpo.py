@@ -2899,7 +2899,8 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
             group = parser.add_argument_group("for real models, other data and long runs")
         if command in item.metadata["on"]:
             kind, choices = TYPES[item.type], item.metadata["choices"] or None
-            takes = {"type": kind, "choices": choices}
+            name = None if choices else kind.__name__.upper()
+            takes = {"type": kind, "choices": choices, "metavar": name}
             if kind is bool:
                 takes = {"action": argparse.BooleanOptionalAction}
             default = changed.get(item.name, item.default)
