@@ -1123,14 +1123,12 @@ def load_policy(config: Config) -> Policy:
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     best = "float32" if device.type == "cpu" else "bfloat16" if bf16 else "float16"
     dtype = getattr(torch, best if config.dtype == "auto" else config.dtype)
-    half = dtype == torch.float16
-    if half and config.parallel == "fsdp" and world()[1] > 1:
-        raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
     model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
     millions = model.num_parameters() / 1e6
     # A tiny model is faster on one core: handing out its small products costs more than they do,
     # and next to a busy process the cores wait for each other (seen: 20 times slower).
     torch.set_num_threads(config.threads or (1 if millions < 10 else os.cpu_count() or 1))
+    half = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
     ends = turn_ends(model, tokenizer)
     policy = Policy(model.to(device), tokenizer, ends, device, dtype, scaler=scaler)
