@@ -1180,7 +1180,7 @@ def bridge_text(tokenizer: Any, request: str) -> str:
 
 @torch.no_grad()
 def check_model(name: str, policy: Policy) -> None:
-    """Is what `sample` draws from what `score_tokens` scores? The one trusts that prompts of unequal
+    """Is what `sample` draws from what `score_tokens` scores? One trusts that prompts of unequal
     length can share a key/value cache whose rows move, the other that logits are the decoder's
     output times the head. Tried on a few tokens. Raises UsageError."""
     model, head = policy.model, policy.model.get_output_embeddings()
@@ -1350,7 +1350,7 @@ def check_context(policy: Policy, config: Config) -> None:
 
 @contextlib.contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
-    """Where to write a file or a folder that takes its place, on the disk, only when it is complete."""
+    """Where to write a file or folder that takes its place, on the disk, only when it is complete."""
     partial = path.with_name(path.name + ".partial")
     with trying(f"{path} cannot be written", RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
