@@ -1350,7 +1350,7 @@ def check_context(policy: Policy, config: Config) -> None:
 
 @contextlib.contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
-    """Where to write a file or folder that takes its place, on the disk, only when it is complete."""
+    """Where to write a file or folder that takes its place, on the disk, only when it is whole."""
     partial = path.with_name(path.name + ".partial")
     with trying(f"{path} cannot be written", RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
