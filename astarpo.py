@@ -110,7 +110,6 @@ import importlib.util
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -149,11 +148,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 HERE = Path(__file__).resolve().parent
@@ -1416,12 +1411,10 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
-    """Let other libraries work without a word of theirs between our lines. Whatever they raise (each
-    has its own kinds, dozens of them) becomes one sentence that begins with `what`."""
-    before = logging.root.manager.disable
-    logging.disable()
+    """Hide the progress bars and warnings of other libraries, and make of whatever they raise (each
+    has its own kinds, dozens of them) one sentence that begins with `what`."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars and warnings
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
     except (UsageError, RunError, ModuleNotFoundError, torch.OutOfMemoryError):
         raise  # for these there are better words
@@ -1429,8 +1422,6 @@ def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
         cause = error.__cause__ or error
         reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
         raise kind(f"{what}: {reason}") from error
-    finally:
-        logging.disable(before)
 
 
 SHOWN = {  # metric: its name on the progress line
@@ -1446,8 +1437,11 @@ def progress(label: str, total: int, done: int = 0) -> tqdm:
     return tqdm(total=total, initial=done, desc=label, **options)
 
 
-def check_options(config: Config, command: str) -> None:
-    """Refuse nonsense before anything is loaded. Raises UsageError."""
+def check_options(config: Config, command: str) -> Config:
+    """Refuse nonsense, with a UsageError, before anything is loaded. Returns the options, with the
+    command's temperature if none was given."""
+    given, usual = config.temperature, 1.0 if command == "train" else 0.0
+    config = dataclasses.replace(config, temperature=float(usual if given is None else given))
     for item in dataclasses.fields(config):
         flag, value = "--" + item.name.replace("_", "-"), getattr(config, item.name)
         (low, high), choices = item.metadata["within"], item.metadata["choices"]
@@ -1468,12 +1462,7 @@ def check_options(config: Config, command: str) -> None:
         raise UsageError("--parallel fsdp does not go with --lora: use ddp")
     if command != "train" and config.samples > 1 and config.temperature == 0:
         raise UsageError("--samples above 1 needs --temperature above 0: greedy ones are all alike")
-
-
-def at_temperature(config: Config, default: float) -> Config:
-    """The same options with a temperature, if none was given."""
-    given = config.temperature
-    return dataclasses.replace(config, temperature=default if given is None else float(given))
+    return config
 
 
 # --- B. Loading and saving ------------------------------------------------------------------------
@@ -1481,28 +1470,10 @@ def at_temperature(config: Config, default: float) -> Config:
 
 def local(name: str) -> Path:
     """A file or folder, here or beside this file (where data/ lies); else a hub id: owner/name."""
-    for path in (Path(name), HERE / name):
-        if path.exists():
-            return path
-    if name.count("/") != 1:
+    path = next(filter(Path.exists, (Path(name), HERE / name)), Path(name))
+    if not path.exists() and name.count("/") != 1:
         raise UsageError(f"{name}: no such file or folder")
-    return Path(name)
-
-
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """'auto' takes the GPU if there is one, and bfloat16 where the GPU has it, else float16."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with trying(f"--device {device}"):
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-            raise ValueError("it must be auto, cpu, cuda or cuda:N")
-        if ":" in device and dist.is_initialized():
-            raise ValueError("under torchrun each process takes a GPU of its own")
-        torch.empty(0, device=device)
-    if dtype == "auto":
-        bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "float32" if device == "cpu" else "bfloat16" if bf16 else "float16"
-    return torch.device(device), getattr(torch, dtype)
+    return path
 
 
 PLAIN_TEMPLATE = (
@@ -1525,13 +1496,13 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             import peft
 
             model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
-            model, info = model.merge_and_unload(), {"missing_keys": []}
+            model = model.merge_and_unload()
             model.had_adapters = True
         else:
             options["output_loading_info"] = True
             model, info = AutoModelForCausalLM.from_pretrained(str(path), **options)
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"its weights lack {len(missing)} tensors ({missing[0]}…)")
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(f"its weights lack {len(missing)} tensors ({missing[0]}…)")
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):
             raise ValueError(f"{len(tokenizer)} tokens, but embeddings of {rows} only")
@@ -1546,15 +1517,21 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def load_policy(config: Config) -> Policy:
     """Load any causal language model of the Hugging Face format, ready to be trained."""
-    device, dtype = choose_device(config.device, config.dtype)
-    half = dtype == torch.float16  # also what 'auto' takes on a GPU without bfloat16
-    if half and config.parallel == "fsdp" and world()[1] > 1:
-        raise UsageError("--parallel fsdp does not go with float16: use ddp, or --dtype float32")
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name if config.device == "auto" else config.device
+    if ":" in name and dist.is_initialized():
+        raise UsageError(f"--device {name}: under torchrun each process takes a GPU of its own")
+    with trying(f"--device {name}"):
+        device = torch.empty(0, device=name).device
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    best = "float32" if device.type == "cpu" else "bfloat16" if bf16 else "float16"
+    dtype = getattr(torch, best if config.dtype == "auto" else config.dtype)
     model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    millions = model.num_parameters() / 1e6
     # A tiny model is faster on one core: handing out its small products costs more than they do,
     # and next to a busy process the cores wait for each other (seen: 20 times slower).
     torch.set_num_threads(config.threads or (1 if millions < 10 else os.cpu_count() or 1))
+    half = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
     ends = turn_ends(model, tokenizer)
     policy = Policy(model.to(device), tokenizer, ends, device, dtype, scaler=scaler)
@@ -1564,13 +1541,9 @@ def load_policy(config: Config) -> Policy:
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
-        with trying(f"--model {config.model} goes not with --gradient-checkpointing"):
-            model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable()
         for layer in blocks(model):  # `method` sets their training flag: no dropout may wake by it
-            rates = [
-                name for name, v in vars(layer).items() if "dropout" in name and type(v) is float
-            ]
-            vars(layer).update(dict.fromkeys(rates, 0.0))
+            vars(layer).update({name: 0.0 for name in vars(layer) if "dropout" in name})
     return policy
 
 
@@ -1586,10 +1559,9 @@ def turn_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """What ends a response: what model and tokenizer are configured with, and the marker that the
     chat template writes after an answer (base models are often configured with another one)."""
     found = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id).tolist()}
+    markers = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     with contextlib.suppress(UsageError):  # without verify turns any template will do
-        after = encode(tokenizer, bridge_text(tokenizer, "Q"))[0]
-        marker = tokenizer.added_tokens_decoder.get(after)
-        found |= {after} if marker and marker.special else set()
+        found |= markers & {encode(tokenizer, bridge_text(tokenizer, "Q"))[0]}
     return tuple(sorted(found - {None}))
 
 
@@ -1611,26 +1583,23 @@ def bridge_text(tokenizer: Any, request: str) -> str:
 
 @torch.no_grad()
 def check_model(name: str, policy: Policy) -> None:
-    """Two things that the lesson takes for granted, tried on a few tokens: that prompts of unequal
-    length can share a key/value cache whose rows move (`sample`), and that logits are the decoder's
-    output times the head (`score_tokens`). Raises UsageError."""
+    """Is what `sample` draws from what `score_tokens` scores? One trusts that prompts of unequal
+    length can share a key/value cache whose rows move, the other that logits are the decoder's
+    output times the head. Tried on a few tokens. Raises UsageError."""
     model, head = policy.model, policy.model.get_output_embeddings()
     text = torch.arange(8, device=policy.device) * 7 % len(model.get_input_embeddings().weight)
-    whole, later = text[None], text[None, 2:]  # (1, 8), (1, 6)
     ids, mask = torch.stack([text, text]), torch.ones_like(text).repeat(2, 1)  # (2, 8)
-    mask[0, :2] = 0  # the first row is `later`: the rest of it is padding
+    mask[0, :2] = 0  # the first row is text[2:]: the rest of it is padding
     with trying(f"--model {name} cannot be sampled here"), policy.active():
         cache = Cache(config=model.config)
         read(model, ids[:, :7], mask[:, :7], cache)
         cache.batch_select_indices(torch.tensor([1, 0], device=policy.device))
-        cached = read(model, ids[:, 7:], mask.flip(0), cache)  # (2, V): of `whole`, of `later`
-        plain = torch.cat([model(input_ids=t).logits[:, -1].float() for t in (whole, later)])
-        apart = head(model.get_decoder()(input_ids=whole).last_hidden_state[:, -1]).float()
-        scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * plain.std()
-        if not (cached - plain).abs().max() <= scale:  # nan, too
-            raise ValueError("with a key/value cache it computes something else")
-        if not (apart - plain[:1]).abs().max() <= scale:
-            raise ValueError("its logits are not its head's (a soft cap?)")
+        sampled = read(model, ids[:, 7:], mask.flip(0), cache)  # (2, V): of text, of text[2:]
+        states = [model.get_decoder()(input_ids=t[None])[0][:, -1] for t in (text, text[2:])]
+        scored = head(torch.cat(states)).float()
+        scale = (1e-3 if policy.dtype == torch.float32 else 0.1) * scored.std()
+        if not (sampled - scored).abs().max() <= scale:  # nan, too
+            raise ValueError("it needs more than a key/value cache, or caps its logits")
 
 
 def weights_hash(model: Any) -> str:
@@ -1644,48 +1613,48 @@ def weights_hash(model: Any) -> str:
 
 
 def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
-    """The problems of --train-data (split "train") or --eval-data ("test"), each once, less those
-    without an answer and those that are too long."""
+    """The first problems of --train-data (split "train") or --eval-data ("test"), each once, less
+    those without an answer and those that are too long."""
     check_context(policy, config)
     source = {"train": config.train_data, "test": config.eval_data}[split]
-    limit = {"train": config.train_limit, "test": config.eval_limit}[split]
-    measuring = dataclasses.replace(policy, prompts={})  # what is left out is not remembered
+    limit = {"train": config.train_limit, "test": config.eval_limit}[split] or math.inf
     kept: dict[str, Problem] = {}
     left_out: Counter[str] = Counter()
-    for index, (place, row) in enumerate(read_rows(source, split)):
-        problem = to_problem(row, index, place, config)
+    rows, row = 0, {}
+    for rows, (place, row) in enumerate(read_rows(source, split), start=1):
+        if len(kept) == limit:
+            continue  # it only counts
+        problem = to_problem(row, rows - 1, place, config)
         if no_answer(problem.answer):
             left_out["have no answer"] += 1
         elif problem.problem in kept:
             left_out["came before"] += 1
-        elif len(measuring.prompt_ids(problem)) > config.max_prompt_tokens:
+        elif len(policy.prompt_ids(problem)) > config.max_prompt_tokens:
             left_out[f"are longer than --max-prompt-tokens {config.max_prompt_tokens}"] += 1
         else:
             kept[problem.problem] = problem
     why = "".join(f"; {count} {reason}" for reason, count in left_out.items())
     if not kept:
-        columns = f"; there are the columns {', '.join(row)}" if left_out else ""
-        raise UsageError(f"{source} holds no problems that can be used{why}{columns}")
-    taken = [*kept.values()][: limit or None]
-    policy.prompts.update((problem, measuring.prompts[problem]) for problem in taken)
+        why += f"; there are the columns {', '.join(row)}" if row else ""
+        raise UsageError(f"{source} holds no problems that can be used{why}")
+    taken = [*kept.values()]
     if strange := [problem.answer for problem in taken if not readable(problem.answer)]:
         print(f"{source}: {len(strange)} answers can only be met word for word, as", strange[:2])
-    print(f"{source}: {len(taken)} of {len(kept) + left_out.total()} problems{why}. For example:")
+    print(f"{source}: {len(taken)} of {rows} problems{why}. For example:")
     for problem in taken[:2]:
         print(f"  {textwrap.shorten(problem.problem, 56)} -> {problem.answer[:16]}")
     return taken
 
 
 def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
-    """(place, row) for each line, where the place ("file, line 3") is for error messages. Of a file
-    that need not be `whole`, as a kill can leave half a line, the rows up to the first broken one.
-    """
+    """(place, row) for each line; the place ("file, line 3") is for error messages. Of a file that
+    need not be `whole`, as a kill can leave half a line, the rows up to the first broken one."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place = f"{path}, line {number}"
                 try:
-                    row = json.loads(line if whole or line.endswith("\n") else "")
+                    row = json.loads(line)
                     json.dumps(row, ensure_ascii=False).encode()  # no broken UTF-8, no lone \ud800
                 except (ValueError, RecursionError) as error:
                     if whole:
@@ -1723,53 +1692,49 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
             yield f"{source}, {name} row {number}", row
 
 
-# What others call the columns of MATH's schema.
-COLUMNS = {
-    "problem": ("problem", "question", "prompt"),
-    "answer": ("answer", "final_answer", "reward_model", "solution"),
+COLUMNS = {  # MATH's columns, and what others call them
+    "problem": ["problem", "question", "prompt"],
+    "answer": ["answer", "final_answer", "reward_model", "solution"],
+    "solution": ["solution"],
+    "level": ["level"],
+    "subject": ["subject", "type"],
 }
 
 
 def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
-    """Read a row in MATH's schema or in one of its common variants: other names, a box or GSM8K's
-    #### in a worked solution, a chat as prompt. No answer is ''. Raises UsageError with the place.
-    """
+    """Read a row in MATH's schema or in a common variant: other names, a box or GSM8K's #### in a
+    worked solution, a chat as prompt. No answer is ''. Raises UsageError with the place."""
     if not isinstance(row, dict):
         raise UsageError(f"{place}: not a JSON object")
+    named = {"problem": config.problem_column, "answer": config.answer_column}
+    columns = COLUMNS | {kind: [name.lower()] for kind, name in named.items() if name}
     cells = {name.lower(): text_of(cell) for name, cell in row.items()}
-    found = {}
-    for kind, usual in COLUMNS.items():
-        named = getattr(config, f"{kind}_column").lower()
-        names = (named,) if named else usual
-        name = next((name for name in names if cells.get(name, "") != ""), names[0])
-        found[kind] = cells.get(name, "")
-        if found[kind] is None or (kind == "problem" and not found[kind]):
-            columns = ", ".join(f"{n} ({type(cell).__name__})" for n, cell in row.items())
-            remedy = f"there are {columns}; --{kind}-column names another"
-            raise UsageError(f"{place}: no column '{name}' with a text ({remedy})")
-    answer, solution = found["answer"], cells.get("solution") or ""
+    found = {kind: next(filter(None, map(cells.get, names)), "") for kind, names in columns.items()}
+    if not found["problem"]:
+        there = ", ".join(f"{name} ({type(cell).__name__})" for name, cell in row.items())
+        remedy = f"there are {there}; --problem-column names another"
+        raise UsageError(f"{place}: no column '{columns['problem'][0]}' with a text ({remedy})")
+    answer, solution = found["answer"], found["solution"]
     if re.search(r"####|\\boxed", answer) or answer == solution:
         solution, answer = answer, extract_answer(answer) or ""
     if listed := re.fullmatch(r"\[\s*(['\"])([^'\"]*)\1\s*\]", answer):  # "['5']"
         answer = listed[2]
     if not readable(answer):  # its backslashes may be doubled
         answer = answer.replace("\\\\", "\\")
-    digits = re.search(r"\d+", cells.get("level") or "")
+    digits = re.search(r"\d+", found["level"])
     level = int(digits[0]) if digits else None
-    subject = cells.get("subject") or cells.get("type") or ""
-    return Problem(index, found["problem"], answer, solution, level, subject)
+    return Problem(index, found["problem"], answer, solution, level, found["subject"])
 
 
-def text_of(cell: Any) -> str | None:
-    """The text in a cell: of a number, of the only element of a list, of a chat's last message by
-    the user, of verl's {"ground_truth": ...}; '' if it is empty, None for what is none of these."""
-    if isinstance(cell, list) and all(isinstance(part, dict) for part in cell):
-        cell = next((part.get("content") for part in cell[::-1] if part.get("role") == "user"), "")
-    if isinstance(cell, dict):
-        cell = cell.get("ground_truth", cell)
-    if isinstance(cell, list) and len(cell) == 1:
-        cell = cell[0]
-    return "" if cell is None else str(cell) if type(cell) in (int, float, str) else None
+def text_of(cell: Any) -> str:
+    """The text in a cell, also of a chat that ends with the user's message, of verl's
+    {"ground_truth": ...}, of a list's only element; '' where there is none."""
+    match cell:
+        case [*_, {"role": "user", "content": inner}] | {"ground_truth": inner} | [inner]:
+            return text_of(inner)
+        case str() | int() | float():
+            return str(cell)
+    return ""
 
 
 def check_context(policy: Policy, config: Config) -> None:
@@ -1787,17 +1752,12 @@ def check_context(policy: Policy, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def whole_or_not(path: Path, mode: str = "w") -> Iterator[Any]:
-    """A file to write, or a folder (mode "folder") to fill, that takes its place, on the disk, only
-    when it is complete."""
+def whole_or_not(path: Path) -> Iterator[Path]:
+    """Where to write a file or folder that takes its place, on the disk, only when it is whole."""
     partial = path.with_name(path.name + ".partial")
     with trying(f"{path} cannot be written", RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if mode == "folder":
-            yield partial
-        else:
-            with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-                yield file
+        yield partial
         for written in filter(Path.is_file, [partial, *partial.rglob("*")]):
             with written.open("r+b") as file:
                 os.fsync(file.fileno())
@@ -1806,14 +1766,13 @@ def whole_or_not(path: Path, mode: str = "w") -> Iterator[Any]:
         partial.replace(path)
 
 
-def write_rows(
-    path: Path, rows: Iterable[Any], append: bool = False, indent: int | None = None
-) -> None:
+def write_rows(path: Path, rows: Iterable[Any], append: bool = False, indent: int = 0) -> None:
     """Write a JSON or JSONL file, whole or not at all, or append to it (in the first process)."""
     if is_first():
-        with path.open("a", encoding="utf-8") if append else whole_or_not(path) as file:
+        place = contextlib.nullcontext(path) if append else whole_or_not(path)
+        with place as target, target.open("a" if append else "w", encoding="utf-8") as file:
             for row in rows:
-                text = json.dumps(row, ensure_ascii=False, indent=indent, default=vars)
+                text = json.dumps(row, ensure_ascii=False, indent=indent or None, default=vars)
                 file.write(text + "\n")
 
 
@@ -1828,7 +1787,7 @@ def save_model(policy: Policy, folder: Path) -> None:
     dealt_out = isinstance(policy.model, FSDPModule)  # by fsdp; else the model has its own whole
     weights = get_model_state_dict(policy.model, options=WHOLE) if dealt_out else None
     if is_first():
-        with whole_or_not(folder, "folder") as partial:
+        with whole_or_not(folder) as partial:
             policy.model.save_pretrained(partial, state_dict=weights)
             policy.tokenizer.save_pretrained(partial)
 
@@ -2791,8 +2750,7 @@ class Run(contextlib.AbstractContextManager):
     def __init__(self, config: Config, resume: bool) -> None:
         if resume and Path(config.out, "v_star.jsonl").exists():
             config = dataclasses.replace(config, v_star="")  # it has its own copy
-        self.config, self.resumed = at_temperature(config, 1.0), resume
-        check_options(self.config, "train")
+        self.config, self.resumed = check_options(config, "train"), resume
         self.folder = Path(config.out) if resume else first(lambda: new_folder(config.out))
         self.metrics: list[dict[str, Any]] = []  # of the steps so far
         self.evaluations: list[dict[str, Any]] = []  # of --eval-every
@@ -2945,7 +2903,7 @@ class Run(contextlib.AbstractContextManager):
             "evaluations": self.evaluations,
         }
         if is_first():
-            with whole_or_not(self.folder / "state.pt", "wb") as file:
+            with whole_or_not(self.folder / "state.pt") as partial, partial.open("wb") as file:
                 torch.save(state, file)
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
@@ -3284,46 +3242,32 @@ TYPES = {"int": int, "float": float, "float | None": float, "str": str, "bool": 
 RESUMABLE = ("rollout_tokens", "update_tokens", "gradient_checkpointing", "device")
 
 # Real models. What is marked * is the value of the A*-PO authors' MATH script (7,500 problems, 25
-# epochs: 732 batches of 256); what is not is ours, for one GPU of 80 GB.
+# epochs: 732 batches of 256), and so are our defaults of beta1, beta2 and N; what is not is ours,
+# for one GPU of 80 GB.
 A_PO = {
     "model": "Qwen/Qwen2.5-1.5B",  # *
     "train_data": "EleutherAI/hendrycks_math",  # * the 7,500 problems of MATH
     "eval_data": "HuggingFaceH4/MATH-500",  # *
-    "beta1": 0.5, "beta2": 1e-3, "num_samples": 8,  # *
     "lr": 1e-6, "batch_size": 256, "minibatches": 2, "steps": 732,  # *
-    "max_prompt_tokens": 256, "max_new_tokens": 1024,  # *
-    "drop_unsolved": False, "revisions": 0,  # * never-solved problems are kept; no PAG turns
-    "train_limit": 0, "eval_limit": 0, "warmup": 10, "save_every": 20, "eval_every": 0,
+    "max_prompt_tokens": 256, "max_new_tokens": 1024, "revisions": 0,  # * (no PAG turns)
+    "train_limit": 0, "eval_limit": 0, "warmup": 10, "save_every": 20,
     "rollout_tokens": 500_000, "update_tokens": 16_384, "gradient_checkpointing": True,
 }  # fmt: skip
-PRESETS = {
-    "a-po": A_PO,
-    # Our combination: PAG's model and its one revision with alpha 1, trained as above.
-    "pag": {**A_PO, "model": "Qwen/Qwen2.5-1.5B-Instruct", "revisions": 1, "alpha": 1.0},
-}
+# Our combination: PAG's model and its one revision, trained as above.
+PRESETS = {"a-po": A_PO, "pag": A_PO | {"model": "Qwen/Qwen2.5-1.5B-Instruct", "revisions": 1}}
 # How the PAG authors evaluate.
-EVAL_PRESETS: dict[str, dict[str, Any]] = {"pag": {"temperature": 0.6, "top_p": 0.95, "samples": 8}}
-
-
-def newest_model() -> str:
-    """The checkpoint of the run in runs/ that finished last, else the base."""
-    finished = sorted(Path("runs").glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
-    found = [str(file.parent / "checkpoint") for file in finished]
-    print(f"model: {found[-1]} (the newest finished run)" if found else "model: data/base (no run)")
-    return found[-1] if found else "data/base"
+EVAL_PRESETS = {"pag": {"temperature": 0.6, "top_p": 0.95, "samples": 8}}
 
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Evaluate --model on the held-out problems; writes a line a dialogue and the summary."""
-    config = at_temperature(config, 0.0)
-    check_options(config, "eval")
+    config = check_options(config, "eval")
     folder = first(lambda: new_folder(config.out, "-eval"))
     policy = load_policy(config)
     problems = load_problems(policy, config, "test")
     if config.compare:  # loaded first: that there is no such model must not be news in the end
         other = load_policy(dataclasses.replace(config, model=config.compare))
         check_context(other, config)
-    first(lambda: new_folder(str(folder), make=True))
     summary, dialogues = evaluate_policy(policy, problems, config)
     if config.compare:
         _, theirs = evaluate_policy(other, problems, config)
@@ -3337,12 +3281,10 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 def solve(config: Config, problem: str) -> Dialogue:
     """Let --model solve, check and revise one problem; prints the dialogue."""
-    config = at_temperature(config, 0.0)
-    check_options(config, "solve")
+    config = check_options(config, "solve")
     if not problem.strip():
         raise UsageError('the problem is empty: give its text, in quotes, like "What is 2 + 3?"')
-    policy = load_policy(config)
-    asked = Problem(0, problem, "")
+    policy, asked = load_policy(config), Problem(0, problem, "")
     prompt = policy.prompt_ids(asked)
     check_context(policy, dataclasses.replace(config, max_prompt_tokens=len(prompt)))
     dialogue = rollout(policy, [Dialogue(asked, [*prompt])], config, -1)[0]
@@ -3358,23 +3300,22 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     for item in dataclasses.fields(Config):
         if item.name == "max_prompt_tokens":
             group = parser.add_argument_group("for real models, other data and long runs")
-        if command not in item.metadata["on"]:
-            continue
-        kind, choices = TYPES[item.type], item.metadata["choices"] or None
-        name = None if choices else kind.__name__.upper()
-        takes = {"type": kind, "choices": choices, "metavar": name}
-        if kind is bool:
-            takes = {"action": argparse.BooleanOptionalAction}
-        default = changed.get(item.name, item.default)
-        text = item.metadata["help"] + f" (default: {default})" * (default not in ("", None))
-        flag = "--" + item.name.replace("_", "-")
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **takes)
+        if command in item.metadata["on"]:
+            kind, choices = TYPES[item.type], item.metadata["choices"] or None
+            name = None if choices else kind.__name__.upper()
+            takes = {"type": kind, "choices": choices, "metavar": name}
+            if kind is bool:
+                takes = {"action": argparse.BooleanOptionalAction}
+            default = changed.get(item.name, item.default)
+            text = item.metadata["help"] + f" (default: {default})" * (default not in ("", None))
+            flag = "--" + item.name.replace("_", "-")
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **takes)
     parser.add_argument("--preset", choices=PRESETS, help="the sizes for a real model and MATH")
     parser.add_argument("--config", metavar="FILE", help="the options of a run's config.json")
     parser.epilog = "An option that is given counts before --config, that before --preset."
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line: a command and its options."""
     about = "A*-PO + PAG: reinforcement learning of mathematical reasoning."
     parser = argparse.ArgumentParser(prog="astarpo.py", description=about)
@@ -3404,15 +3345,14 @@ def chosen_config(options: argparse.Namespace) -> Config:
         if options.preset or options.config or given.keys() - {*RESUMABLE}:
             raise UsageError("--resume goes on with the run's own options: leave the others out")
         return dataclasses.replace(first(lambda: unfinished_run(options.resume)), **given)
-    values = dict(PRESETS[options.preset]) if options.preset else {}
+    values: dict[str, Any] = {**PRESETS.get(options.preset, {})}
     if options.config:
         values |= vars(read_config(Path(options.config))) | {"out": ""}
-    if options.command != "train":
-        values = {name: v for name, v in values.items() if options.command in commands[name]}
+    if options.command != "train":  # what they say of these is about training
         values |= {"model": "", "temperature": None, "eval_limit": 0}
-        preset = EVAL_PRESETS.get(options.preset, {})
-        values |= {name: v for name, v in preset.items() if options.command in commands[name]}
-    return Config(**values | given)
+        values |= EVAL_PRESETS.get(options.preset, {})
+    values |= given
+    return Config(**{name: v for name, v in values.items() if options.command in commands[name]})
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -3422,7 +3362,10 @@ def run_command(options: argparse.Namespace) -> None:
         return print(f"written to {options.out}")
     join_processes(getattr(options, "device", ""))
     config = chosen_config(options)
-    config.model = config.model or newest_model()
+    if not config.model:  # the run in runs/ that finished last, else the base
+        finished = Path("runs").glob("*/summary.json")
+        newest = max(finished, key=lambda file: file.stat().st_mtime, default=None)
+        config.model = str(newest.parent / "checkpoint") if newest else Config().model
     if options.command == "train":
         train(config, resume=options.resume is not None)
     elif options.command == "eval":
@@ -3436,25 +3379,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Bad input is seen by all processes of a machine: the first of them tells.
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
     with contextlib.nullcontext() if leads else contextlib.redirect_stderr(None):
-        options = parse(sys.argv[1:] if argv is None else argv)
+        options = parse(argv)
     try:
         run_command(options)
         return 0
-    except UsageError as error:
+    except (UsageError, ImportError) as error:  # no matplotlib for 'plot', no peft for --lora
         status, message = 2, str(error)
-    except ImportError as error:  # matplotlib for 'plot', peft for --lora
-        status, message = 2, f"{error}; pip install {error.name}"
     except torch.OutOfMemoryError:
-        status, message = 1, OUT_OF_MEMORY
-    except (RunError, OSError) as error:  # OSError: a full disk, say
-        status, message = 1, str(error)
+        status = 1
+        message = (
+            "out of memory. While sampling, a lower --rollout-tokens helps; in the update a lower "
+            "--update-tokens or --gradient-checkpointing (go on with 'train --resume' and these); "
+            "for good --lora 32, shorter responses (--max-new-tokens) or a smaller model"
+        )
+    except (RunError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, say
+        status, message = 1, str(error) or "stopped"
     except RuntimeError as error:
         lost = str(error).strip().split("\n")[0]
         if "RANK" not in os.environ or not re.search("(?i)peer|connection|timed? ?out|nccl", lost):
             raise
         status, message = 1, f"another process of this run is gone ({lost}); go on with --resume"
-    except KeyboardInterrupt:  # of a training run `Run` tells more
-        status, message = 1, "stopped"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -3462,12 +3406,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 
-
-OUT_OF_MEMORY = (
-    "out of memory. While sampling, a lower --rollout-tokens helps; in the update a lower "
-    "--update-tokens or --gradient-checkpointing (go on with 'train --resume' and these); for good "
-    "--lora 32, shorter responses (--max-new-tokens) or a smaller model"
-)
 
 if __name__ == "__main__":
     sys.exit(main())

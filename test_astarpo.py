@@ -1543,7 +1543,7 @@ def test_given_options_count_before_a_config_file_and_that_before_a_preset(finis
     assert chosen("train" + file).seed == 5 and chosen("train" + file).out == ""
     pag = chosen("eval --preset pag")
     assert (pag.temperature, pag.top_p, pag.samples, pag.max_new_tokens) == (0.6, 0.95, 8, 1024)
-    assert pag.model == "" and A.at_temperature(chosen("eval" + file), 0.0).temperature == 0
+    assert pag.model == "" and A.check_options(chosen("eval" + file), "eval").temperature == 0
     (tmp_path / "some.json").write_text('{"steps": 7, "lr": 1}')
     assert chosen(f"train --config {tmp_path / 'some.json'}") == A.Config(steps=7, lr=1.0)
     for preset in A.PRESETS.values():
