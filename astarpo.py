@@ -1531,6 +1531,8 @@ def load_policy(config: Config) -> Policy:
     # A tiny model is faster on one core: handing out its small products costs more than they do,
     # and next to a busy process the cores wait for each other (seen: 20 times slower).
     torch.set_num_threads(config.threads or (1 if millions < 10 else os.cpu_count() or 1))
+    # cuDNN plans its attention anew for each length, which took two thirds of the time of a token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     half = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
     ends = turn_ends(model, tokenizer)
@@ -1541,7 +1543,8 @@ def load_policy(config: Config) -> Policy:
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        with trying(f"--model {config.model} goes not with --gradient-checkpointing"):
+            model.activation_checkpointing_enable()
         for layer in blocks(model):  # `method` sets their training flag: no dropout may wake by it
             vars(layer).update({name: 0.0 for name in vars(layer) if "dropout" in name})
     return policy
@@ -3268,6 +3271,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     if config.compare:  # loaded first: that there is no such model must not be news in the end
         other = load_policy(dataclasses.replace(config, model=config.compare))
         check_context(other, config)
+    first(lambda: new_folder(str(folder), make=True))
     summary, dialogues = evaluate_policy(policy, problems, config)
     if config.compare:
         _, theirs = evaluate_policy(other, problems, config)
@@ -3383,8 +3387,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_command(options)
         return 0
-    except (UsageError, ImportError) as error:  # no matplotlib for 'plot', no peft for --lora
+    except UsageError as error:
         status, message = 2, str(error)
+    except ImportError as error:  # matplotlib for 'plot', peft for --lora
+        status, message = 2, f"{error}; pip install {error.name}"
     except torch.OutOfMemoryError:
         status = 1
         message = (
