@@ -371,7 +371,7 @@ class Policy:
         """Compute as this policy: in its dtype (while the weights that learn stay float32, so that
         an update of 1e-6 is not rounded off), and with or without its LoRA adapters."""
         if self.adapters is not None:
-            switch_adapters(self.model, self.adapters)
+            (self.model.enable_adapters if self.adapters else self.model.disable_adapters)()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             yield
 
@@ -729,14 +729,13 @@ class Dialogue:
         """The verify turns; check k is about attempt k."""
         return [turn for turn in self.turns if turn.role == "verify"]
 
-    def rewards(self, alpha: float) -> list[float]:
-        """What each turn has earned."""
-        correct = [turn.correct for turn in self.attempts]
-        return dialogue_rewards(correct, [turn.verdict for turn in self.checks], alpha)
+    def results(self) -> tuple[list[bool], list[bool | None]]:
+        """Was each attempt right, and what did each check say?"""
+        return [turn.correct for turn in self.attempts], [turn.verdict for turn in self.checks]
 
     def pay(self, config: Config) -> None:
-        """Give each turn its reward (`shaping` adds what two options of Part II say, else 0)."""
-        for turn, reward in zip(self.turns, self.rewards(config.alpha)):
+        """Give each turn its reward (`shaping`, of Part II, adds 0 unless it is asked for more)."""
+        for turn, reward in zip(self.turns, dialogue_rewards(*self.results(), config.alpha)):
             turn.reward = reward + shaping(turn, config)
 
 
@@ -768,10 +767,8 @@ def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, ste
     add_turns(policy, dialogues, responses)
 
 
-def add_turns(
-    policy: Policy, dialogues: Sequence[Dialogue], responses: Sequence[Sequence[int]]
-) -> None:
-    """Append to each dialogue a response, as its next turn."""
+def add_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[list[int]]) -> None:
+    """Append a response to each dialogue, as its next turn."""
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
         start, role = len(dialogue.ids), next_role(dialogue)
@@ -897,8 +894,8 @@ class Learner:
     ref: Policy
     v_star: Baselines
     optimizer: torch.optim.Optimizer
-    value: Value | None = None  # these two are for the neighbours, Part II
-    notes: dict[int, Note] = field(default_factory=dict)
+    value: torch.nn.Module | None = None  # these two are for the neighbours, Part II
+    notes: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
 
 def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> dict[str, float]:
@@ -922,7 +919,8 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
         ref_logp = zeros.index_add(0, batch.turn, ref_token_logp)  # (n,)
         loss = astarpo_loss(logp, ref_logp, batch.reward, batch.v_star, config.beta2)
         if config.loss != "astarpo":  # one of Part II
-            loss = neighbour_loss(learner, part, (token_logp, ref_token_logp), config)
+            tokens = (batch.turn, token_logp, ref_token_logp)
+            loss = neighbour_loss(learner, part, tokens, config)
         share = weight * len(batch.reward) / n_turns
         policy.scaler.scale(loss * share).backward()
         seen["loss"] += loss.item() * share
@@ -1027,52 +1025,44 @@ def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config)
 # ==================================================================================================
 
 # --- 12. Other losses -----------------------------------------------------------------------------
-# What does (6) replace? `--loss` puts another loss in its place, on the same dialogues, with the same
-# letters: a log-ratio L = log pi/pi_ref of a response, an advantage A of a turn or of a token. None
-# of them needs stage 1: with --num-samples 0 the baseline is the batch's mean reward of the role.
+# What does (6) replace? `--loss` puts another loss in its place, on the same dialogues. None of them
+# needs stage 1: with --num-samples 0 the baseline is the batch's mean reward of the role.
 #
-# pg, REINFORCE (Williams 1992) with a price on the KL. Multiply (6) out and divide it by 2 * beta2:
+# pg, REINFORCE (Williams 1992) with a price on the KL. Let L be a response's log-ratio and A its
+# advantage, multiply (6) out and divide it by 2 * beta2:
 #
 #     (6) / (2 * beta2)  =  -A * L  +  beta2/2 * L^2  +  A^2 / (2 * beta2)
 #
 # The last term does not depend on pi, and in the first L differs from log pi by a constant: so A*-PO
-# *is* a policy gradient, with Vhat as its baseline and a squared log-ratio as its price. (The square
-# is no accident: the gradient of a sampled L is zero on average, as we saw in section 8, and says
-# nothing; that of L^2/2 is L * grad log pi, on average the gradient of the KL.)
+# *is* a policy gradient, with Vhat as its baseline and a squared log-ratio as its price. (A square,
+# since the gradient of a sampled L is zero on average, as we saw in section 8, and says nothing; that
+# of L^2/2 is L * grad log pi, on average the gradient of the KL.)
 #
 # grpo (Shao et al. 2024, arXiv 2402.03300): --group G dialogues about each of batch/G problems. The
-# baseline is the group's mean, and the advantage is divided by the group's deviation, which makes
-# rare successes loud; a response is the mean of its tokens, which makes tokens of short ones loud.
-# The ratio pi/pi_old is clipped, so that an old response cannot push for ever. With one update a
-# batch pi_old is pi, the ratio is 1 and nothing is clipped: a policy gradient again.
+# advantage is r less the group's mean, divided by the group's deviation: rare successes become loud;
+# a response counts as the mean of its tokens: those of short ones become loud. The ratio pi/pi_old is
+# clipped, so that an old response cannot push for ever. With one update a batch pi_old is pi, the
+# ratio is 1 and nothing is clipped: what is left is a policy gradient.
 #
-# ppo (Schulman et al. 2017): each token has an advantage of its own, from a learned value (section
-# 13), by GAE (Schulman et al. 2016): how much better does the end look after this token? Our value
-# is fitted once, on stage 1, and stays; PPO's own is trained along with the policy. The bonus for
-# entropy is a square, for the reason above.
+# ppo (Schulman et al. 2017): each token has an advantage of its own, by GAE (Schulman et al. 2016):
+# how much better does the end look after this token? That says a learned value (section 13), fitted
+# once, on stage 1; PPO's own is trained along. The bonus for entropy is a square, as above.
 #
-# awr (Peng et al. 2019): no gradient of a reward at all, but imitation. If (2) says that pi* weighs
-# a response by exp(A/beta), then let the policy imitate its own responses with these weights.
+# awr (Peng et al. 2019): no reward's gradient but imitation. If pi* weighs a response by exp(A/beta),
+# as (2) says, let the policy imitate its own responses with these weights.
 
 CLIP, LAMBDA, ENTROPY = 0.2, 0.95, 1e-3  # PPO's clip, GAE's lambda, the weight of the bonus
-
-
-class Note(NamedTuple):
-    """What is known about a turn before its batch's first update: (T,) numbers of its tokens."""
-
-    advantage: Tensor
-    logp: Tensor | None  # when it was sampled; None: as now
 
 
 @dataclass
 class Evidence:
     """What a loss looks at: M tokens of n turns."""
 
+    turn: Tensor  # (M,) which turn a token belongs to, 0 .. n - 1
     logp: Tensor  # (M,) log pi, now
     old: Tensor  # (M,) when sampled
     ref: Tensor  # (M,) log pi_ref
     advantage: Tensor  # (M,) the token's; but for ppo that of its turn
-    turn: Tensor  # (M,) 0 .. n - 1
 
     def sums(self, numbers: Tensor) -> Tensor:
         """(M,) -> (n,): the sum over each turn's tokens."""
@@ -1105,8 +1095,8 @@ def ppo_loss(e: Evidence, config: Config) -> Tensor:
 
 
 def awr_loss(e: Evidence, config: Config) -> Tensor:
-    """AWR's equation (9): log pi of each response, weighted (`look_ahead` has put exp(A/beta1),
-    normalised over the batch, where the advantage stood)."""
+    """log pi of each response, weighted (`look_ahead` has put exp(A/beta1), normalised over the
+    batch, where the advantage stood)."""
     return -e.sums(e.advantage * e.logp).mean()
 
 
@@ -1114,16 +1104,14 @@ LOSSES = {"pg": pg_loss, "grpo": grpo_loss, "ppo": ppo_loss, "awr": awr_loss}
 
 
 def neighbour_loss(
-    learner: Learner, dialogues: Sequence[Dialogue], logps: tuple[Tensor, Tensor], config: Config
+    learner: Learner, dialogues: Sequence[Dialogue], tokens: Sequence[Tensor], config: Config
 ) -> Tensor:
-    """The loss that --loss names, of some dialogues. logps: (M,) each, of policy and reference."""
-    turns = [turn for dialogue in dialogues for turn in dialogue.turns]
-    notes = [learner.notes[id(turn)] for turn in turns]
-    lengths = torch.tensor([turn.end - turn.start for turn in turns], device=logps[0].device)
-    old = logps[0].detach() if notes[0].logp is None else torch.cat([note.logp for note in notes])
-    owner = torch.arange(len(turns), device=lengths.device).repeat_interleave(lengths)
-    advantage = torch.cat([note.advantage for note in notes])
-    return LOSSES[config.loss](Evidence(logps[0], old, logps[1], advantage, owner), config)
+    """The loss that --loss names, of some dialogues. tokens: turn, log pi, log pi_ref (M,)."""
+    turn, logp, ref_logp = tokens
+    notes = [learner.notes[id(turn)] for dialogue in dialogues for turn in dialogue.turns]
+    advantage = torch.cat([advantage for advantage, _ in notes])
+    old = torch.cat([old for _, old in notes]) if config.minibatches > 1 else logp.detach()
+    return LOSSES[config.loss](Evidence(turn, logp, old, ref_logp, advantage), config)
 
 
 def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
@@ -1131,7 +1119,7 @@ def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
 
     A_t = sum_l lam^l * delta_{t+l} with delta_t = V_{t+1} - V_t, where the reward is the last V.
 
-    >>> gae(torch.tensor([0.5, 0.25]), 1.0, lam=0.5)  # it looked bad at first: 0.5 - 0.25 + 0.375
+    >>> gae(torch.tensor([0.5, 0.25]), 1.0, lam=0.5)  # first -0.25, then 0.75
     tensor([0.1250, 0.7500])
     """
     advantage = torch.cat([values[1:], values.new_tensor([reward])]) - values
@@ -1141,82 +1129,60 @@ def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
 
 
 def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> None:
-    """Before a batch's first update: its mean reward as the baseline where there was no stage 1,
-    and what other losses must know of the whole batch. For A*-PO as it is: nothing."""
-    turns = [(d, turn) for d in dialogues for turn in d.turns]
+    """Before a batch's first update: its mean reward as the baseline where there was no stage 1, and
+    what other losses must know of the whole batch. For A*-PO as it is: nothing."""
+    policy, turns = learner.policy, [(d, turn) for d in dialogues for turn in d.turns]
     if not config.num_samples:
-        paid = {r: mean(t.reward for _, t in turns if t.role == r) or 0.0 for r in ROLES}
-        learner.v_star = {(d.problem.index, role): paid[role] for d in dialogues for role in ROLES}
+        paid = {r: mean(t.reward for _, t in turns if t.role == r) for r in ROLES}
+        learner.v_star = {(d.problem.index, t.role): paid[t.role] for d, t in turns}
     if config.loss == "astarpo":
         return
     gains = torch.tensor([t.reward - learner.v_star[d.problem.index, t.role] for d, t in turns])
     if config.loss == "grpo":
-        groups: dict[tuple[int, str], list[int]] = defaultdict(list)
-        for i, (d, turn) in enumerate(turns):
-            groups[d.problem.index, turn.role].append(i)
-        for group in groups.values():
+        keys = [(d.problem.index, turn.role) for d, turn in turns]
+        for group in (torch.tensor([k == key for k in keys]) for key in {*keys}):
             spread = gains[group].std(correction=0) + 1e-4
             gains[group] = (gains[group] - gains[group].mean()) / spread
     if config.loss == "awr":
         gains = (gains / config.beta1).softmax(0) * len(gains)
-    notes = [gain.expand(turn.end - turn.start) for gain, (_, turn) in zip(gains, turns)]
+    advantage = [gain.expand(t.end - t.start) for gain, (_, t) in zip(gains, turns)]
     if config.loss == "ppo":
-        values = learner.value.along(learner.ref, [d.ids for d in dialogues], config)
-        whole = {id(turn): v for d, v in zip(dialogues, values) for turn in d.turns}
-        notes = [gae(whole[id(t)][t.start - 1 : t.end - 1].cpu(), t.reward) for _, t in turns]
+        texts = [d.ids for d in dialogues]
+        chances = think(learner.ref, texts, config, lambda i, s: learner.value(s).sigmoid())
+        places = [(p, turn) for p, d in zip(chances, dialogues) for turn in d.turns]
+        advantage = [gae(p[t.start - 1 : t.end - 1], t.reward) for p, t in places]
     old: list[Tensor | None] = [None] * len(turns)
     if config.minibatches > 1:  # from the second update on, pi is not what it was
-        with torch.no_grad(), gathered(learner.policy.model):
-            for i, (d, turn) in enumerate(turns):
-                scored = torch.zeros(1, len(d.ids), dtype=torch.bool, device=learner.policy.device)
-                scored[:, turn.start : turn.end] = True
-                ids = torch.tensor([d.ids], device=learner.policy.device)
-                old[i] = token_logps(learner.policy, ids, scored, config.temperature)
-    device = learner.policy.device
-    learner.notes = {
-        id(turn): Note(note.to(device), logp) for (_, turn), note, logp in zip(turns, notes, old)
-    }
+        parts = [collate([d], learner.v_star, policy.device) for d in dialogues]
+        with torch.no_grad():
+            logps = [token_logps(policy, b.ids, b.scored, config.temperature) for b in parts]
+        old = [x for p, b in zip(logps, parts) for x in p.split(b.turn.bincount().tolist())]
+    notes = zip(turns, advantage, old)
+    learner.notes = {id(turn): (a.to(policy.device), logp) for (_, turn), a, logp in notes}
 
 
 # --- 13. A learned value --------------------------------------------------------------------------
-# Vhat(x) is a number for each problem, and knows nothing of a response half written. A *value
-# function* does: V*(x, y_<t), the best that can still be reached from here. Critics such as PPO's
-# learn the mean instead, what will be reached on average. For rewards 0 and 1 both follow from one
-# probability, p = 'a response of the reference that begins like this ends right':
+# Vhat(x) is a number a problem, and knows nothing of a response half written. A *value function*
+# does: V*(x, y_<t), the best that can still be reached from here. Critics such as PPO's learn the
+# mean instead, what will be reached on average. For rewards 0 and 1 both follow from one probability,
+# p = 'a response of the reference that begins like this ends right':
 #
 #     mean: p        soft: V* = beta * log( 1 - p + p * e^(1/beta) )       ((3), with two outcomes)
 #
 # and p is a logistic regression: a small network over what the reference thinks at that place (its
 # last hidden state), fitted to stage 1's dialogues, a fifth of the problems held out to tell when to
-# stop. It can judge problems that nobody sampled (the held-out R^2 that is printed says how well);
-# Vhat has N samples of the very problem. It costs the hidden states of a pass over stage 1, and what
-# it forgets is that the policy moves on: it stays the value of the *reference*. (A revision's reward
-# may be 2 or -1: here its value is its chance to be right, on-policy a harmless baseline.)
+# stop. It can judge problems that nobody sampled; Vhat has N samples of the very problem. It forgets
+# that the policy moves on: it stays the value of the *reference*. (A revision may earn 2 or -1: here
+# its value is its chance to be right.)
 
-
-class Value(torch.nn.Module):
-    """The logit of p for the reference's hidden states: (..., width) -> (...)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        hidden = torch.nn.Linear(width, 64)
-        self.net = torch.nn.Sequential(hidden, torch.nn.Tanh(), torch.nn.Linear(64, 1))
-
-    def forward(self, states: Tensor) -> Tensor:
-        """The logit of p."""
-        return self.net(states)[..., 0]
-
-    @torch.no_grad()
-    def along(self, ref: Policy, texts: Sequence[list[int]], config: Config) -> list[Tensor]:
-        """p after each token of each text: (T,) each."""
-        return think(ref, texts, config, lambda i, states: self(states).sigmoid())
+PLACES = 16  # of a turn that are fitted: a long turn counts as much as a short one
 
 
 def soft_value(logit: Tensor, beta: float) -> Tensor:
     """V* = beta * log(1 - p + p * e^(1/beta)) for the logit of p.
 
-    >>> soft_value(torch.tensor([-1.9459]), 0.5)  # p = 1/8: section 7's Vhat
-    tensor([0.2937])
+    >>> round(soft_value(torch.tensor(1 / 8).logit(), 0.5).item(), 3)  # section 7's Vhat
+    0.294
     """
     return beta * torch.logaddexp(F.logsigmoid(-logit), F.logsigmoid(logit) + 1 / beta)
 
@@ -1239,67 +1205,67 @@ def think(
     return [kept[i] for i in range(len(texts))]
 
 
-def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> Value:
-    """Fit p to the reference's dialogues, and print how good it is on problems held out."""
-    number = {problem: i for i, problem in enumerate(dict.fromkeys(d.problem for d in dialogues))}
-    if len(number) < 10:
-        raise UsageError("a learned value needs stage 1 on at least 10 problems: --train-limit")
-    turns = [(i, turn) for i, d in enumerate(dialogues) for turn in d.turns]
-    right = [reward for d in dialogues for reward in d.rewards(alpha=0)]  # 0 or 1
-    spread = [np.linspace(turn.start - 1, turn.end - 1, 16).astype(int) for _, turn in turns]
-    places: dict[int, list[int]] = defaultdict(list)  # a long turn counts as much as a short one
-    for (i, _), at in zip(turns, spread):
-        places[i] += at.tolist()
-    x = torch.cat(think(ref, [d.ids for d in dialogues], config, lambda i, s: s[places[i]]))
-    y = torch.tensor(right, device=x.device).repeat_interleave(16)
-    held = torch.tensor([number[dialogues[i].problem] % 5 == 0 for i, _ in turns])
-    held = held.repeat_interleave(16).to(x.device)
+def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> torch.nn.Module:
+    """Fit p to the reference's dialogues, and print how good it is on the problems held out. Returns
+    the logit of p as a function of hidden states: (..., width) -> (...)."""
+    order = {problem: i for i, problem in enumerate(dict.fromkeys(d.problem for d in dialogues))}
+    if len(order) < 5:
+        raise UsageError("a learned value needs stage 1 (--num-samples) on five problems or more")
+    turns = [(d, turn) for d in dialogues for turn in d.turns]
+    ends = [np.array([(t.start - 1, t.end - 1) for t in d.turns]).T for d in dialogues]
+    places = [np.linspace(*end, PLACES, axis=1).astype(int) for end in ends]
+    texts = [d.ids for d in dialogues]
+    x = torch.cat(think(ref, texts, config, lambda i, s: s[places[i]]))  # (turns, PLACES, width)
+    right = [reward for d in dialogues for reward in dialogue_rewards(*d.results(), alpha=0)]
+    y = torch.tensor(right, device=x.device)[:, None].expand(-1, PLACES)
+    held = torch.tensor([order[d.problem] % 5 == 0 for d, _ in turns], device=x.device)
     torch.manual_seed(config.seed)
-    value = Value(x.shape[1]).to(x.device)
+    layers = (torch.nn.Linear(x.shape[2], 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+    value = torch.nn.Sequential(*layers, torch.nn.Flatten(-2)).to(x.device)
     optimizer = torch.optim.Adam(value.parameters(), lr=1e-3)
-    best, weights, train = math.inf, copy.deepcopy(value.state_dict()), (~held).nonzero()[:, 0]
 
     def loss(rows: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(value(x[rows]), y[rows])
 
+    best, weights, train = math.inf, {}, (~held).nonzero()[:, 0]
     while (now := loss(held).item()) < best:  # until it gets worse
         best, weights = now, copy.deepcopy(value.state_dict())
-        for rows in train[torch.randperm(len(train), device="cpu")].split(1024):
+        for rows in train[torch.randperm(len(train))].split(64):
             optimizer.zero_grad()
             loss(rows).backward()
             optimizer.step()
     value.load_state_dict(weights)
-    solve = torch.tensor([turn.role == "solve" for _, turn in turns], device=x.device)
-    solve = solve.repeat_interleave(16) & held
-    logits, truth = value(x[solve]).detach().view(-1, 16), y[solve].view(-1, 16)[:, 0]
-    first, last = (auc(logits[:, at], truth) for at in (0, -1))
-    r2 = 1 - (truth - soft_value(logits[:, 0], config.beta1)).square().mean() / truth.var()
-    print(f"learned value, held-out problems, solve turns: AUC {first:.2f} at the prompt, ", end="")
-    print(f"{last:.2f} at the end; R^2 as a baseline {r2:.2f}")
+    judged = held & torch.tensor([t.role == "solve" for _, t in turns], device=x.device)
+    logit, truth = value(x[judged]).detach(), y[judged, 0]
+    first, last = (auc(logit[:, place], truth) for place in (0, -1))
+    r2 = 1 - (truth - soft_value(logit[:, 0], config.beta1)).square().mean() / truth.var()
+    print(
+        f"learned value, held out: AUC {first:.2f} at the prompt, {last:.2f} at the end; ", end=""
+    )
+    print(f"R^2 as a baseline of solve {r2:.2f}")
     return value
 
 
 def auc(score: Tensor, truth: Tensor) -> float:
     """The chance that a right one scores higher than a wrong one (0.5: no better than a coin)."""
-    right, wrong = score[truth > 0], score[truth == 0].sort().values
-    below = sum(torch.searchsorted(wrong, right, side=side) for side in ("left", "right")) / 2
-    return (below.float().mean() / max(1, len(wrong))).item()
+    right, wrong = score[truth > 0], score[truth == 0]
+    return ((right[:, None] > wrong).float() + (right[:, None] == wrong) / 2).mean().item()
 
 
 def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> None:
-    """Fit a value to stage 1 where one is wanted. With --baseline value it replaces Vhat of solve."""
+    """Fit a value to stage 1 where one is wanted. --baseline value: it replaces Vhat of solve."""
     if config.loss == "ppo" or config.baseline == "value":
         learner.value = fit_value(learner.ref, dialogues, config)
     if config.baseline == "value":
         prompts = {d.problem.index: d.ids[: d.turns[0].start] for d in dialogues}
-        values = learner.value.along(learner.ref, [*prompts.values()], config)
-        for index, p in zip(prompts, values):
-            learner.v_star[index, "solve"] = soft_value(p[-1].logit(), config.beta1).item()
+        logits = think(learner.ref, [*prompts.values()], config, lambda i, s: learner.value(s)[-1])
+        values = soft_value(torch.stack(logits), config.beta1).tolist()
+        learner.v_star |= {(index, "solve"): v for index, v in zip(prompts, values)}
 
 
 # --- 14. Best-first search: the other A* ----------------------------------------------------------
 # A* search (Hart, Nilsson and Raphael 1968) keeps a queue of half-finished ways, and always goes on
-# with the one whose f = g + h is best: g for what it has cost, h for the best that can still come. The
+# with the one whose f = g + h is best: g for what lies behind, h for the best that can still come. The
 # two A* are one if g = log pi_ref(y_<t | x) and h = V*(x, y_<t) / beta:
 #
 # * V* of a prefix and a token, less V* of the prefix, is the token's optimal advantage; its sum over
@@ -1309,13 +1275,11 @@ def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config)
 # * So the first complete response at the head of the queue is the likeliest one of pi*.
 #
 # Search reads off, without training and at a price a problem, the policy that A*-PO trains. With the
-# mean p for h there is no such promise; with a fitted value only the hope. One node is opened at a
-# time in each problem: to accept a complete response that is only second in its queue is to accept
-# blurting. (Training never searches: (6) speaks of responses that the policy drew itself, and Vhat
-# drops out of its gradient only if it did.)
+# mean p for h there is no such promise; with a fitted value, only the hope. One node is opened at a
+# time in each problem: who accepts a complete response that is only second in its queue accepts
+# blurting. (Training never searches: (6) speaks of what the policy drew itself; section 8.)
 
-BRANCH, QUEUE = 8, 256  # tokens that are tried after a prefix, prefixes that are kept
-Look = Callable[[list[list[int]]], tuple[Tensor, Tensor, Tensor]]
+BRANCH, QUEUE = 4, 256  # tokens that are tried after a prefix, prefixes that are kept
 
 
 class Prefix(NamedTuple):
@@ -1329,7 +1293,10 @@ class Prefix(NamedTuple):
 
 
 def best_first(
-    look: Look, prompts: Sequence[list[int]], ends: Sequence[int], config: Config
+    look: Callable[[list[list[int]]], tuple[Tensor, Tensor, Tensor]],
+    prompts: Sequence[list[int]],
+    ends: Sequence[int],
+    config: Config,
 ) -> list[list[int]]:
     """For each prompt the first complete response at the head of its queue; after --search openings
     the best complete one in it, or what there is.
@@ -1337,26 +1304,24 @@ def best_first(
     look: texts -> their likeliest next tokens (n, K), log pi_ref of these (n, K), and h (n,).
     """
     queues: list[list[Prefix]] = [[] for _ in prompts]
-    numbers = itertools.count()
+    numbers, opened, singles = itertools.count(), 0, [[end] for end in ends]
 
     def push(nodes: list[tuple[int, list[int], float]]) -> None:
-        tokens, logps, h = look([prompts[i] + response for i, response, _ in nodes])
-        rows = zip(nodes, tokens.tolist(), logps.tolist(), h.tolist())
-        for (i, response, g), next_tokens, costs, promise in rows:
-            complete = response[-1:] != [] and response[-1] in ends
-            complete |= len(response) == config.max_new_tokens
-            longer = [([*response, t], g + c) for t, c in zip(next_tokens, costs) if c > -math.inf]
-            node = Prefix(-(g + promise), next(numbers), response, complete, longer)
+        found = look([prompts[i] + response for i, response, _ in nodes])
+        for (i, response, g), tokens, logps, h in zip(nodes, *(t.tolist() for t in found)):
+            complete = len(response) == config.max_new_tokens or response[-1:] in singles
+            longer = [([*response, token], g + logp) for token, logp in zip(tokens, logps)]
+            node = Prefix(-(g + h), next(numbers), response, complete, longer)
             heapq.heappush(queues[i], node)
 
     push([(i, [], 0.0) for i in range(len(prompts))])
     for _ in range(config.search):
-        open_ones = [i for i, queue in enumerate(queues) if not queue[0].complete]
-        if not open_ones:
-            break
-        push([(i, *way) for i in open_ones for way in heapq.heappop(queues[i]).longer])
+        going = [i for i, queue in enumerate(queues) if not queue[0].complete]
+        opened += len(going)
+        if going:
+            push([(i, *way) for i in going for way in heapq.heappop(queues[i]).longer])
         queues = [heapq.nsmallest(QUEUE, queue) for queue in queues]
-    print(f"search: {next(numbers) / len(prompts):.1f} prefixes read a problem")
+    print(f"search: {opened / len(prompts):.1f} prefixes opened a problem")
     return [min(queue, key=lambda n: (not n.complete, n.cost)).response for queue in queues]
 
 
@@ -3071,11 +3036,6 @@ def add_adapters(policy: Policy, rank: int, seed: int) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     policy.adapters = True
-
-
-def switch_adapters(model: Any, on: bool) -> None:
-    """Compute with the adapters (the policy) or without them (the reference)."""
-    model.enable_adapters() if on else model.disable_adapters()
 
 
 class Cache(DynamicCache):
