@@ -1727,9 +1727,9 @@ OLD_STATE = {"model": {}, "optimizer": {}, "metrics": [], "scaler": {}}
 
 
 def reweighed(run: Path) -> None:
-    """The run in a folder is said to have begun with other weights."""
+    """The model that a run began with has other weights now."""
     about = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**about, "weights": "0123456789abcdef"}))
+    (run / "config.json").write_text(json.dumps({**about, "model": str(run / "checkpoint")}))
 
 
 @pytest.mark.parametrize(
@@ -1743,7 +1743,7 @@ def reweighed(run: Path) -> None:
         (lambda run: os.truncate(run / "state.pt", 999), 2, DAMAGED),
         (lambda run: os.truncate(run / "state.pt", 2_000_000), 2, DAMAGED),
         (lambda run: torch.save(OLD_STATE, run / "state.pt"), 2, DAMAGED),
-        (reweighed, 2, "holds other weights"),
+        (reweighed, 2, "was made with other weights"),
     ],
 )
 def test_what_is_half_done_is_done_again_and_what_is_damaged_is_refused_in_one_sentence(
@@ -2176,8 +2176,6 @@ SICK = [
     ({"kl": 45.0}, "KL to the reference is 45 nats a turn of 20 tokens"),
     ({"verifier_recall_right": 1.0, "verifier_recall_wrong": 0.01}, "one thing only"),
     ({"verifier_recall_right": 0.0, "verifier_recall_wrong": 1.0}, "one thing only"),
-    ({"same_text_rate": 0.9}, "90% of a batch's first attempts are the same text"),
-    ({"response_tokens": 1.0, "kl": 0.1}, "a response has 1.0 tokens"),
     ({}, ""),
     ({"verifier_recall_wrong": None}, ""),  # nothing was wrong: nothing is known
 ]
@@ -2192,14 +2190,6 @@ def test_each_symptom_is_explained_once(changes, sentence, capsys):
     assert sentence in shown and len(told) == shown.count("! ") == bool(sentence)
 
 
-def test_a_fall_of_the_accuracy_is_told_from_chance(capsys):
-    history = made_metrics(acc_final=0.8) + made_metrics(acc_final=0.62)
-    for size, told in ((8, False), (64, True)):  # 0.18 less: chance in small batches
-        A.diagnose(history, A.Config(batch_size=size), set())
-        shown = " ".join(capsys.readouterr().out.split())
-        assert ("fell from 0.80 (until step 5) to 0.62" in shown) is told
-
-
 def test_stage_one_says_what_can_be_learned(base, problems, capsys):
     hopeless = [dataclasses.replace(problem, answer="no such answer") for problem in problems[:6]]
     config = A.Config(temperature=1.0, num_samples=2, max_new_tokens=2)  # and too little room
@@ -2210,8 +2200,7 @@ def test_stage_one_says_what_can_be_learned(base, problems, capsys):
     for dialogues, expected, complaints in (
         (A.rollout(base, twice, config, 0), ["V* of 6", "0.0 to 0.1 6 ####", "never solved 100%",
             "not solved once in 2", "cut off at --max-new-tokens 2", "pass@2 of"], 3),
-        (easy, ["V* of 4", "0.9 to 1.0 4 ####", "always solved 100%", "mean: solve 1.00",
-            "100% of the problems were solved by each"], 1),
+        (easy, ["V* of 4", "0.9 to 1.0 4 ####", "always solved 100%", "mean: solve 1.00"], 0),
     ):  # fmt: skip
         A.report_stage_one(dialogues, A.baselines(dialogues, config), config, set())
         shown = " ".join(capsys.readouterr().out.split())
@@ -2262,7 +2251,7 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
     assert [line.get_linestyle() for line in legend.get_lines()] == ["-", "--"]
     smoothed = [line for line in axes[0].lines if line.get_linestyle() != "None"]
     assert [line.get_ydata().tolist() for line in smoothed[:2]] == [[7, 7], [8.5, 8.5]]
-    dialogues = [A.to_dialogue(row) for row in A.read_stage_one(finished / "v_star.jsonl")]
+    dialogues = [A.to_dialogue(row) for row in A.read_lines(finished / "v_star.jsonl")[1:]]
     v_star = A.baselines(dialogues, A.read_config(finished / "config.json"))
     expected, _ = np.histogram([v_star[i, "solve"] for i in range(8)], 10, (0, 1))
     heights = np.array([bar.get_height() for bar in axes[5].patches]).reshape(-1, 10)
