@@ -127,7 +127,7 @@ from fractions import Fraction
 from numbers import Real
 from operator import add, mul, neg, pos, sub, truediv
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
@@ -2284,45 +2284,31 @@ def plot(folders: Sequence[Path], out: Path) -> None:
         figure.savefig(out)
 
 
-def draw(folder: Path) -> None:
-    """A finished run's dashboard.png; without matplotlib, how to get it."""
-    try:
-        plot([folder], folder / "dashboard.png")
-    except ImportError:
-        print(f"no picture: pip install matplotlib, then python astarpo.py plot {folder}")
-
-
-# Why is nothing learned? The commonest answers, read off a run's own numbers. A number that is not
-# known is nan, and nan fulfils no condition.
-
 WINDOW = 5  # training batches that are looked at together
-SYMPTOMS: list[tuple[Callable[[dict[str, float]], bool], str]] = [
-    (lambda f: f["truncated_rate"] > 0.5, """{truncated_rate:.0%} of the responses were cut off at
-        --max-new-tokens {max_new_tokens}, mostly before an answer could come: raise it."""),
-    (lambda f: f["no_answer_rate"] > 0.5, """{no_answer_rate:.0%} of the attempts hold no answer
-        that can be extracted. Read some ('solve'); if the model does not write \\boxed{{}}, take
-        one that follows instructions."""),
-    (lambda f: f["never"] > 0.9, """{never:.0%} of the problems were not solved once in
-        {num_samples} samples: take easier ones, a stronger --model, or more --num-samples."""),
-    (lambda f: f["skipped"] > 0, """The loss or its gradient is not finite (step {step}). Such
-        updates are left out; if they go on, lower --lr or use --dtype float32."""),
-    (lambda f: f["kl"] > f["response_tokens"], """KL to the reference is {kl:.0f} nats a turn of
-        {response_tokens:.0f} tokens: the policy is running away. Lower --lr or raise --beta2."""),
-    (lambda f: abs(f["verifier_recall_right"] - f["verifier_recall_wrong"]) > 0.95, """The verifier
-        says one thing only: it recognises {verifier_recall_right:.0%} of the right attempts and
-        {verifier_recall_wrong:.0%} of the wrong ones. It needs both kinds to judge (problems that
-        are solved about half the time); try a lower --lr, too."""),
-]  # fmt: skip
 
 
-def explain(facts: dict[str, Any], config: Config, told: set[str]) -> None:
-    """Print the sentence of each symptom that the facts show, unless it was `told` before."""
-    known = {name: math.nan if value is None else value for name, value in facts.items()}
-    known = defaultdict(lambda: math.nan, vars(config) | known)
-    for applies, sentence in SYMPTOMS:
-        if applies(known) and sentence not in told:
+def explain(facts: dict[str, float | None], config: Config, told: set[str]) -> None:
+    """Why is nothing learned? The commonest answers, read off a run's own numbers, each told once."""
+    f: dict[str, float] = defaultdict(lambda: math.nan)  # nan fulfils no condition
+    f.update((name, value) for name, value in facts.items() if value is not None)
+    one_sided = abs(f["verifier_recall_right"] - f["verifier_recall_wrong"]) > 0.95
+    for applies, sentence in (
+        (f["truncated_rate"] > 0.5, f"""Most responses are cut off at --max-new-tokens
+            {config.max_new_tokens}, many before an answer could come: raise it."""),
+        (f["no_answer_rate"] > 0.5, """Most attempts hold no answer that can be extracted. Read
+            some ('solve'); if the model writes no \\boxed{}, take one that follows instructions."""),
+        (f["never"] > 0.9, f"""Hardly a problem was solved even once in {config.num_samples} samples:
+            take easier ones, a stronger --model, or more --num-samples."""),
+        (f["skipped"] > 0, """A loss or its gradient was not finite; the update was left out. If that
+            goes on, lower --lr or use --dtype float32."""),
+        (f["kl"] > f["response_tokens"], """The KL to the reference is above one nat a token: the
+            policy is running away. Lower --lr or raise --beta2."""),
+        (one_sided, """The verifier says one thing only. It needs right and wrong attempts to judge:
+            problems that are solved about half the time; try a lower --lr, too."""),
+    ):  # fmt: skip
+        if applies and sentence not in told:
             told.add(sentence)
-            text = "! " + " ".join(sentence.format_map(known).split())
+            text = "! " + " ".join(sentence.split())
             tqdm.write(textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False))
 
 
@@ -2335,7 +2321,7 @@ def recent(history: Metrics) -> dict[str, float | None]:
 def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
     """Look at the last batches for symptoms. Raises RunError if no update is possible any more."""
     seen = recent(history) if len(history) >= WINDOW else {}
-    explain(seen | {name: history[-1][name] for name in ("step", "skipped")}, config, told)
+    explain(seen | {"skipped": history[-1]["skipped"]}, config, told)
     if seen.get("skipped") == 1:
         stop = "so the run stops with its last good model: lower --lr, or use --dtype float32"
         raise RunError(f"no finite loss and gradient in {WINDOW} steps running, {stop}")
@@ -2344,9 +2330,8 @@ def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
 # --- G. Runs that survive -------------------------------------------------------------------------
 # A long run is killed some day, and goes on as if nothing had happened. Its random numbers are a
 # pure function of what they are for (section 6), so the weights, AdamW's moments and the metrics so
-# far are all that stage 2 needs: they go into one file, state.pt, every --save-every steps. Stage
-# 1's dialogues are kept in parts, in v_star.jsonl. A file that is not only appended to takes its
-# name when it is whole and on the disk. Of several processes the first one reads and writes.
+# far are all that stage 2 needs: state.pt has them, every --save-every steps. Stage 1's dialogues
+# are kept in parts, in v_star.jsonl. Of several processes the first one reads and writes.
 
 
 class Run(contextlib.AbstractContextManager):
@@ -2406,7 +2391,15 @@ class Run(contextlib.AbstractContextManager):
         if not self.resumed:
             new_folder(str(self.folder))  # is it still free, after the loading?
             write_rows(self.folder / "config.json", [about], indent=2)
-        self.lock = held(self.folder / "config.json")
+        self.lock = (self.folder / "config.json").open(encoding="utf-8")
+        try:  # to keep others from going on with us; the system lets go when we are dead
+            import fcntl
+
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--resume: the run in {self.folder} is still going on") from error
+        except (ImportError, OSError):  # Windows; a file system without locks
+            pass
         return played
 
     def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
@@ -2437,7 +2430,7 @@ class Run(contextlib.AbstractContextManager):
 
     def steps(self, learner: Learner) -> Iterator[int]:
         """The steps that are still to be done; the learner is brought back to where they begin."""
-        self.restore(learner.policy, learner.optimizer)
+        self.restore(learner)
         self.learner = learner  # from here on an error keeps its model
         with progress("stage 2", self.config.steps, len(self.metrics)) as self.bar:
             yield from range(len(self.metrics), self.config.steps)
@@ -2487,16 +2480,17 @@ class Run(contextlib.AbstractContextManager):
             write_rows(self.folder / "eval.jsonl", [summary], append=True)
             self.send({"step": step} | {f"eval/{name}": summary[name] for name in summary})
         if step == config.steps or (config.save_every and step % config.save_every == 0):
-            self.save(self.learner.policy, self.learner.optimizer)
+            self.save()
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    def save(self) -> None:
         """Write state.pt: all that --resume needs, in one file."""
-        learned = {name for name, p in policy.model.named_parameters() if p.requires_grad}
-        weights, moments = get_state_dict(policy.model, optimizer, options=WHOLE)
+        model = self.learner.policy.model
+        learned = {name for name, p in model.named_parameters() if p.requires_grad}
+        weights, moments = get_state_dict(model, self.learner.optimizer, options=WHOLE)
         state = {
             "model": {n: w for n, w in weights.items() if n in learned},  # a tied head once
             "optimizer": moments,
-            "scaler": policy.scaler.state_dict(),
+            "scaler": self.learner.policy.scaler.state_dict(),
             "metrics": self.metrics,
             "evaluations": self.evaluations,
         }
@@ -2504,7 +2498,7 @@ class Run(contextlib.AbstractContextManager):
             with whole_or_not(self.folder / "state.pt", "wb") as file:
                 torch.save(state, file)
 
-    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, learner: Learner) -> None:
         """Go back to the state, if there is one: what was written after it is done again."""
         path = self.folder / "state.pt"
         if first(path.exists):
@@ -2514,8 +2508,8 @@ class Run(contextlib.AbstractContextManager):
                 self.metrics, self.evaluations = state["metrics"], state["evaluations"]
             print(f"going on after step {len(self.metrics)}")
             saved = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-            set_state_dict(policy.model, optimizer, **saved, options=WHOLE)
-            policy.scaler.load_state_dict(state["scaler"])
+            set_state_dict(learner.policy.model, learner.optimizer, **saved, options=WHOLE)
+            learner.policy.scaler.load_state_dict(state["scaler"])
         write_rows(self.folder / "metrics.jsonl", self.metrics)
         if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)
@@ -2529,8 +2523,9 @@ class Run(contextlib.AbstractContextManager):
         write_rows(self.folder / "eval_results.jsonl", dialogues)
         write_rows(self.folder / "summary.json", [summary], indent=2)
         report_training(summary, before[1], dialogues)
-        if is_first():
-            draw(self.folder)
+        with contextlib.suppress(ImportError):  # matplotlib may not be there
+            if is_first():
+                plot([self.folder], self.folder / "dashboard.png")
         print(f"\nwritten to {self.folder}: checkpoint/, metrics.jsonl, summary.json, ...")
         return summary
 
@@ -2581,20 +2576,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_jsonl(path, whole=False)] if path.is_file() else []
 
 
-def held(path: Path) -> TextIO:
-    """Keep others from going on with a run that is not dead. The system drops the lock with us."""
-    file = path.open(encoding="utf-8")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(f"--resume: the run in {path.parent} is still going on") from error
-    except (ImportError, OSError):  # Windows; a file system without locks
-        pass
-    return file
-
-
 def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None]:
     """--log-to: what sends the numbers of a step on."""
     if config.log_to == "none" or not is_first():
@@ -2613,16 +2594,13 @@ def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None
 
 
 # --- H. Large models, several devices -------------------------------------------------------------
-# A model of 1.5 billion parameters, its gradient, AdamW's two moments and the reference are 28 GB
-# (31 in float32). LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then
-# be half as wide; the reference is the same weights without them. Recomputing activations in the
-# backward pass trades time for memory.
-#
-# `torchrun --nproc_per_node=8 astarpo.py train ...` starts eight of us. Each plays its share of the
-# dialogues; all exchange them, so that each knows all and counts alike; each scores its share, and
-# the gradients are summed. ddp: every process holds everything. fsdp: weights, gradients and
-# moments are dealt out in slices and put together layer by layer where they are needed (PyTorch's
-# FSDP2), but as a whole while sampling, where every process goes at its own pace.
+# LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then be half as wide;
+# the reference is the same weights without them. Recomputing activations in the backward pass
+# trades time for memory. `torchrun --nproc_per_node=8 astarpo.py train ...` starts eight of us: each
+# plays its share of the dialogues, all exchange them, each scores its share, and the gradients are
+# summed. ddp: every process holds everything. fsdp (PyTorch's FSDP2): weights, gradients and moments
+# are dealt out in slices and put together layer by layer where they are needed, but as a whole
+# while sampling, where every process goes at its own pace.
 
 WHOLE = StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
@@ -2742,12 +2720,8 @@ def rollouts(
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each of at most `budget` tokens with its padding (but
-    of at least one index).
-
-    >>> list(token_batches([5, 1, 4, 2], budget=8))
-    [[1, 3], [2], [0]]
-    """
+    """Indices in batches of similar length, each of at most `budget` tokens with its padding, but
+    of at least one index: lengths 5, 1, 4, 2 and a budget of 8 give [1, 3], [2], [0]."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[i] > budget:

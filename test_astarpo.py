@@ -2170,10 +2170,10 @@ def made_metrics(**changes: object) -> list[dict]:
 
 
 SICK = [
-    ({"truncated_rate": 0.8}, "80% of the responses were cut off at --max-new-tokens 64"),
-    ({"no_answer_rate": 0.7}, "70% of the attempts hold no answer"),
-    ({"skipped": 0.5, "loss": None, "kl": None}, "not finite (step 5)"),
-    ({"kl": 45.0}, "KL to the reference is 45 nats a turn of 20 tokens"),
+    ({"truncated_rate": 0.8}, "cut off at --max-new-tokens 64"),
+    ({"no_answer_rate": 0.7}, "hold no answer"),
+    ({"skipped": 0.5, "loss": None, "kl": None}, "not finite"),
+    ({"kl": 45.0}, "KL to the reference is above one nat a token"),
     ({"verifier_recall_right": 1.0, "verifier_recall_wrong": 0.01}, "one thing only"),
     ({"verifier_recall_right": 0.0, "verifier_recall_wrong": 1.0}, "one thing only"),
     ({}, ""),
@@ -2199,7 +2199,7 @@ def test_stage_one_says_what_can_be_learned(base, problems, capsys):
         turn.text, turn.end = str(id(turn)), 10  # all unlike
     for dialogues, expected, complaints in (
         (A.rollout(base, twice, config, 0), ["V* of 6", "0.0 to 0.1 6 ####", "never solved 100%",
-            "not solved once in 2", "cut off at --max-new-tokens 2", "pass@2 of"], 3),
+            "even once in 2 samples", "cut off at --max-new-tokens 2", "pass@2 of"], 3),
         (easy, ["V* of 4", "0.9 to 1.0 4 ####", "always solved 100%", "mean: solve 1.00"], 0),
     ):  # fmt: skip
         A.report_stage_one(dialogues, A.baselines(dialogues, config), config, set())
@@ -2215,7 +2215,7 @@ def test_a_run_whose_gradients_are_never_finite_stops_with_its_last_good_model(
     small = {"batch_size": 4, "train_limit": 4, "eval_limit": 4, "num_samples": 1}
     with pytest.raises(A.RunError, match="in 5 steps running"):
         A.train(quick(**small, steps=9, max_new_tokens=16, out=str(tmp_path / "run")))
-    assert capsys.readouterr().out.count("is not finite (step 1)") == 1
+    assert capsys.readouterr().out.count("was not finite") == 1
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [m["skipped"] for m in metrics] == [1.0] * 5 and metrics[0]["loss"] is None
     saved = A.load_policy(A.Config(model=str(tmp_path / "run" / "checkpoint"), threads=1))
@@ -2262,9 +2262,7 @@ def test_a_picture_needs_a_run_and_matplotlib(finished, tmp_path, monkeypatch, c
     assert A.main(["plot", str(tmp_path)]) == 2
     assert "is not the config.json of a run" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    A.draw(finished)
-    shown = capsys.readouterr().out.strip()
-    assert "pip install matplotlib" in shown and len(shown.splitlines()) == 1
+    assert "pip install matplotlib" in refused(capsys, "plot", finished)
 
 
 # --- Our own problems and the base ----------------------------------------------------------------
