@@ -2218,12 +2218,12 @@ PANELS = (  # title, y axis, metrics
     ("Revisions", "share", ["revision_rate", "answer_change_ratio"]),
     ("Length and KL", "tokens a turn (blue)", ["response_tokens"]),
 )
-# Runs that are unlike in these alone are one group: a line, and a band of its seeds.
 IDLE = ("seed", "out", "v_star", "eval_limit", "eval_every", "log_to", "threads", "device")
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[str, list[float]]]:
-    """The metrics of each group of runs, by what makes it unlike the others, and Vhat by level."""
+    """The metrics of each group of runs, by what makes it unlike the others (runs that differ in what
+    is IDLE alone, as the seed, are a group), and Vhat by level."""
     runs = [(folder, read_config(folder / "config.json")) for folder in folders]
     names = [name for name in vars(Config()) if name not in IDLE]
     unlike = [name for name in names if len({getattr(config, name) for _, config in runs}) > 1]
@@ -2247,7 +2247,8 @@ def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour
         raw = pandas.concat(columns, axis=1)  # (steps, runs); nan where there is none
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
-        axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=metric)
+        label = metric if style == STYLES[0] else "_"  # the colours are explained once
+        axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)
         band = smooth.min(axis=1), smooth.max(axis=1)
         axis.fill_between(raw.index, *band, color=colour, alpha=0.2, lw=0)
 
@@ -2258,9 +2259,10 @@ def plot(folders: Sequence[Path], out: Path) -> None:
     from matplotlib.figure import Figure
 
     groups, v_star = load_runs(folders)
-    with matplotlib.rc_context({"font.size": 15, "legend.fontsize": 12, "lines.markersize": 5}):
+    with matplotlib.rc_context({"font.size": 15, "legend.fontsize": 11, "lines.markersize": 5}):
         figure = Figure(figsize=(13.5, 8.4), layout="constrained")
         axes = figure.subplots(2, 3).flat
+        axes[3].axhspan(-0.03, 0.1, color="0.85", label="collapse zone")
         for axis, (title, unit, metrics) in zip(axes, PANELS):
             for colour, metric in zip(COLOURS, metrics):
                 draw_curves(axis, groups, metric, colour)
@@ -2268,7 +2270,8 @@ def plot(folders: Sequence[Path], out: Path) -> None:
             axis.set(title=title, xlabel="update", ylabel=unit, ylim=limits)
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
-        axes[3].axhspan(-0.03, 0.1, color="0.85", label="collapse zone")
+            if len(metrics) > 1:  # below, where it hides nothing
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
         second = axes[4].twinx()
         draw_curves(second, groups, "kl", COLOURS[3])
         second.set_ylabel("KL to the reference\n(nats a turn, red)")
@@ -2276,10 +2279,8 @@ def plot(folders: Sequence[Path], out: Path) -> None:
         axes[5].hist([*v_star.values()], range=(0, 1), stacked=True, color=shades, label=[*v_star])
         axes[5].set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
         axes[5].legend(title="level")
-        for axis in axes[1:4]:
-            axis.legend()
         if len(groups) > 1:
-            lines = [line for line in axes[0].lines if line.get_label() == "loss"]
+            lines = [line for line in axes[0].lines if line.get_linestyle() != "None"]
             figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
         figure.savefig(out)
 
@@ -2375,8 +2376,8 @@ class Run(contextlib.AbstractContextManager):
         # What "auto" has become here, so that a run that goes on computes in the same way.
         found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
         versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-        found |= {"weights": weights, "versions": {"python": sys.version.split()[0], **versions}}
-        self.played = first(lambda: self.open_folder(vars(config) | found))
+        about = vars(config) | found | {"weights": weights, "versions": versions}
+        self.played = first(lambda: self.open_folder(about))
         self.send = number_sink(config, self.folder)
 
     def open_folder(self, about: dict[str, Any]) -> list[dict[str, Any]]:
