@@ -1989,7 +1989,7 @@ def report_stage_one(
     never, always, n = np.mean(solved == 0), np.mean(solved == 1), config.num_samples
     print(f"  never solved {never:.0%}, always solved {always:.0%}: little to learn there")
     print(f"  pass@{n} of the reference {1 - never:.2f}: about what training can reach")
-    explain(statistics(dialogues) | {"never": never, "always": always}, config, told)
+    explain(statistics(dialogues) | {"never": never}, config, told)
 
 
 def report_training(summary: dict[str, Any], base: list[Dialogue], new: list[Dialogue]) -> None:
@@ -2313,17 +2313,14 @@ def explain(facts: dict[str, float | None], config: Config, told: set[str]) -> N
             tqdm.write(textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False))
 
 
-def recent(history: Metrics) -> dict[str, float | None]:
-    """Each metric's mean over the last batches, as far as it is known."""
-    last = history[-WINDOW:]
-    return {k: mean(m[k] for m in last if m[k] is not None) for m in last[:1] for k in m}
-
-
 def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
     """Look at the last batches for symptoms. Raises RunError if no update is possible any more."""
-    seen = recent(history) if len(history) >= WINDOW else {}
-    explain(seen | {"skipped": history[-1]["skipped"]}, config, told)
-    if seen.get("skipped") == 1:
+    last = history[-WINDOW:]
+    enough = len(last) == WINDOW
+    names = last[0] if enough else ["skipped"]  # it is too early to say more
+    seen = {name: mean(m[name] for m in last if m[name] is not None) for name in names}
+    explain(seen, config, told)
+    if enough and seen["skipped"] == 1:
         stop = "so the run stops with its last good model: lower --lr, or use --dtype float32"
         raise RunError(f"no finite loss and gradient in {WINDOW} steps running, {stop}")
 
@@ -2519,8 +2516,8 @@ class Run(contextlib.AbstractContextManager):
         """Save the model, evaluate it, report. Returns the summary."""
         save_model(self.learner.policy, self.folder / "checkpoint")
         after, dialogues = measure()
-        kl = recent(self.metrics).get("kl") or 0.0
-        summary = {"before": before[0], "after": after, "kl": kl}
+        kl = mean(m["kl"] for m in self.metrics[-WINDOW:] if m["kl"] is not None)
+        summary = {"before": before[0], "after": after, "kl": kl or 0.0}
         write_rows(self.folder / "eval_results.jsonl", dialogues)
         write_rows(self.folder / "summary.json", [summary], indent=2)
         report_training(summary, before[1], dialogues)
