@@ -2446,13 +2446,15 @@ class Run(contextlib.AbstractContextManager):
         step, steps = len(self.metrics) + 1, self.config.steps
         seen = {name: mean(update[name] for update in updates) for name in updates[0]}
         sampled = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
+        device = self.learner.policy.device
+        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
         metrics = {
             "step": step,
             **{name: value if math.isfinite(value) else None for name, value in seen.items()},
             **statistics(dialogues),
             **self.seconds,
             "tokens_per_second": sampled / sum(self.seconds.values()),
-            "peak_memory_mib": torch.cuda.max_memory_allocated(self.learner.policy.device) / 2**20,
+            "peak_memory_mib": peak,
         }
         self.metrics.append(metrics)
         write_rows(self.folder / "metrics.jsonl", [metrics], append=True)
