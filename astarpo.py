@@ -1974,9 +1974,7 @@ def show(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else str(value) if type(value) is int else f"{value:.{digits}f}"
 
 
-def report_stage_one(
-    dialogues: Sequence[Dialogue], v_star: Baselines, config: Config, told: set[str]
-) -> None:
+def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines, told: set[str]) -> None:
     """What the reference can do: the distribution of Vhat, and how many problems can teach."""
     solved = scores(dialogues)[:, 0]  # of N samples, for each problem
     values = {role: [v for (_, r), v in v_star.items() if r == role] for role in ROLES}
@@ -1986,10 +1984,10 @@ def report_stage_one(
         bar = "#" * math.ceil(50 * count / max(counts))
         print(f"  {low:.1f} to {low + 0.1:.1f} {count:>6} {bar}".rstrip())
     print("  mean: " + ", ".join(f"{role} {show(mean(v), 2)}" for role, v in values.items()))
-    never, always, n = np.mean(solved == 0), np.mean(solved == 1), config.num_samples
+    never, always, n = np.mean(solved == 0), np.mean(solved == 1), len(dialogues) // len(solved)
     print(f"  never solved {never:.0%}, always solved {always:.0%}: little to learn there")
     print(f"  pass@{n} of the reference {1 - never:.2f}: about what training can reach")
-    explain(statistics(dialogues) | {"never": never}, config, told)
+    explain(statistics(dialogues) | {"never_solved": never}, told)
 
 
 def report_training(summary: dict[str, Any], base: list[Dialogue], new: list[Dialogue]) -> None:
@@ -2286,40 +2284,36 @@ def plot(folders: Sequence[Path], out: Path) -> None:
 
 
 WINDOW = 5  # training batches that are looked at together
+SYMPTOMS = {  # why is nothing learned? a number, the limit that it is above, and the remedy
+    "truncated_rate": (0.5, "responses are cut off before an answer comes; raise --max-new-tokens"),
+    "no_answer_rate": (0.5, "attempts hold no answer; read some with 'solve', try another --model"),
+    "never_solved": (0.9, "no sample to learn from; take easier problems or a stronger --model"),
+    "skipped": (0, "loss or gradient is not finite; lower --lr or use --dtype float32"),
+    "kl_per_token": (1, "the policy is running away; lower --lr or raise --beta2"),
+    "verifier_bias": (0.95, "it says one thing only; take problems solved about half the time"),
+}
 
 
-def explain(facts: dict[str, float | None], config: Config, told: set[str]) -> None:
-    """Why is nothing learned? The commonest answers, read off a run's own numbers, each told once."""
-    f: dict[str, float] = defaultdict(lambda: math.nan)  # nan fulfils no condition
+def explain(facts: dict[str, float | None], told: set[str]) -> None:
+    """Name the symptoms that some means show, each only once."""
+    f: dict[str, float] = defaultdict(lambda: math.nan)  # nan is above no limit
     f.update((name, value) for name, value in facts.items() if value is not None)
-    one_sided = abs(f["verifier_recall_right"] - f["verifier_recall_wrong"]) > 0.95
-    for applies, sentence in (
-        (f["truncated_rate"] > 0.5, f"""Most responses are cut off at --max-new-tokens
-            {config.max_new_tokens}, many before an answer could come: raise it."""),
-        (f["no_answer_rate"] > 0.5, """Most attempts hold no answer that can be extracted. Read
-            some ('solve'); if the model writes no \\boxed{}, take one that follows instructions."""),
-        (f["never"] > 0.9, f"""Hardly a problem was solved even once in {config.num_samples} samples:
-            take easier ones, a stronger --model, or more --num-samples."""),
-        (f["skipped"] > 0, """A loss or its gradient was not finite; the update was left out. If that
-            goes on, lower --lr or use --dtype float32."""),
-        (f["kl"] > f["response_tokens"], """The KL to the reference is above one nat a token: the
-            policy is running away. Lower --lr or raise --beta2."""),
-        (one_sided, """The verifier says one thing only. It needs right and wrong attempts to judge:
-            problems that are solved about half the time; try a lower --lr, too."""),
-    ):  # fmt: skip
-        if applies and sentence not in told:
-            told.add(sentence)
-            text = "! " + " ".join(sentence.split())
+    f["kl_per_token"] = f["kl"] / f["response_tokens"]
+    f["verifier_bias"] = abs(f["verifier_recall_right"] - f["verifier_recall_wrong"])
+    for name, (limit, remedy) in SYMPTOMS.items():
+        if f[name] > limit and name not in told:
+            told.add(name)
+            text = f"! {name} is {f[name]:.2f}: {remedy}"
             tqdm.write(textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False))
 
 
-def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
+def diagnose(history: Metrics, told: set[str]) -> None:
     """Look at the last batches for symptoms. Raises RunError if no update is possible any more."""
     last = history[-WINDOW:]
     enough = len(last) == WINDOW
     names = last[0] if enough else ["skipped"]  # it is too early to say more
     seen = {name: mean(m[name] for m in last if m[name] is not None) for name in names}
-    explain(seen, config, told)
+    explain(seen, told)
     if enough and seen["skipped"] == 1:
         stop = "so the run stops with its last good model: lower --lr, or use --dtype float32"
         raise RunError(f"no finite loss and gradient in {WINDOW} steps running, {stop}")
@@ -2419,7 +2413,7 @@ class Run(contextlib.AbstractContextManager):
 
     def after_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> list[Problem]:
         """Say what stage 1 found. Returns the problems to train on."""
-        report_stage_one(dialogues, v_star, self.config, self.told)
+        report_stage_one(dialogues, v_star, self.told)
         everything = not self.config.drop_unsolved
         kept = dict.fromkeys(d.problem for d in dialogues if everything or d.turns[0].correct)
         if not kept:
@@ -2464,7 +2458,7 @@ class Run(contextlib.AbstractContextManager):
         if self.bar.disable and step * 10 // steps > (step - 1) * 10 // steps:
             print(f"stage 2 {step}/{steps}  {numbers}", flush=True)
         self.send(metrics)
-        diagnose(self.metrics, self.config, self.told)
+        diagnose(self.metrics, self.told)
 
     def check_in(self, measure: Callable[[], Evaluation]) -> None:
         """--eval-every: a line of eval.jsonl, and in best/ the model of the best acc_final so far.
