@@ -2367,6 +2367,7 @@ class Run(contextlib.AbstractContextManager):
         # What "auto" has become here, so that a run that goes on computes in the same way.
         found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
         versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+        versions["python"] = sys.version.split()[0]
         about = vars(config) | found | {"weights": weights, "versions": versions}
         self.played = first(lambda: self.open_folder(about))
         self.send = number_sink(config, self.folder)
