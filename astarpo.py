@@ -128,7 +128,7 @@ from fractions import Fraction
 from numbers import Real
 from operator import add, mul, neg, pos, sub, truediv
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
@@ -2301,12 +2301,10 @@ def verify(text: str | None, gold: str | float | None) -> bool:
 
 def show(value: float | None, digits: int = 3) -> str:
     """A number for a table; a dash where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else str(value) if type(value) is int else f"{value:.{digits}f}"
 
 
-def report_stage_one(
-    dialogues: Sequence[Dialogue], v_star: Baselines, config: Config, told: set[str]
-) -> None:
+def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines, told: set[str]) -> None:
     """What the reference can do: the distribution of Vhat, and how many problems can teach."""
     solved = scores(dialogues)[:, 0]  # of N samples, for each problem
     values = {role: [v for (_, r), v in v_star.items() if r == role] for role in ROLES}
@@ -2316,40 +2314,38 @@ def report_stage_one(
         bar = "#" * math.ceil(50 * count / max(counts))
         print(f"  {low:.1f} to {low + 0.1:.1f} {count:>6} {bar}".rstrip())
     print("  mean: " + ", ".join(f"{role} {show(mean(v), 2)}" for role, v in values.items()))
-    never, always = np.mean(solved == 0), np.mean(solved == 1)
+    never, always, n = np.mean(solved == 0), np.mean(solved == 1), len(dialogues) // len(solved)
     print(f"  never solved {never:.0%}, always solved {always:.0%}: little to learn there")
-    reach = f"pass@{len(dialogues) // len(solved)} of the reference {1 - never:.2f}"
-    print(f"  {reach}: about what training can reach")
-    explain(statistics(dialogues) | {"never": never, "always": always}, config, told)
+    print(f"  pass@{n} of the reference {1 - never:.2f}: about what training can reach")
+    explain(statistics(dialogues) | {"never_solved": never}, told)
 
 
 def report_training(summary: dict[str, Any], base: list[Dialogue], new: list[Dialogue]) -> None:
     """The table of before and after, and the first problem that the base got wrong."""
     before, after = summary["before"] | {"kl": 0.0}, summary["after"] | {"kl": summary["kl"]}
     print(f"\n{before['n']} held-out problems, greedy{'before':>19}{'after':>9}")
-    for name, title in (
-        ("acc_t1", "accuracy, first attempt (acc@t1)"),
-        ("acc_final", "accuracy, final answer (acc@final)"),
-        ("verifier_balanced_acc", "verifier, own attempts (balanced)"),
-        ("verifier_pool_balanced_acc", "verifier, fixed pool (balanced)"),
-        ("mean_response_tokens", "response length (tokens a turn)"),
-        ("kl", "KL to the reference (nats a turn)"),
+    for name, title, digits in (
+        ("acc_t1", "accuracy, first attempt (acc@t1)", 3),
+        ("acc_final", "accuracy, final answer (acc@final)", 3),
+        ("verifier_balanced_acc", "verifier, own attempts (balanced)", 3),
+        ("verifier_pool_balanced_acc", "verifier, fixed pool (balanced)", 3),
+        ("mean_response_tokens", "response length (tokens a turn)", 1),
+        ("kl", "KL to the reference (nats a turn)", 3),
     ):
-        digits = 1 if name == "mean_response_tokens" else 3
         print(f"  {title:<42}{show(before[name], digits):>8} {show(after[name], digits):>8}")
     print(f"  revisions after training: {after['fixed']} mended, {after['broken']} broken")
-    for old, now in [pair for pair in zip(base, new) if not pair[0].attempts[-1].correct][:1]:
-        print("\nThe first held-out problem that the base got wrong, before training:")
-        print_dialogue(old)
-        print("and after:")
-        print_dialogue(now)
+    mistakes = (pair for pair in zip(base, new) if not pair[0].attempts[-1].correct)
+    first_of_all = "\nThe first held-out problem that the base got wrong, before training:"
+    for title, dialogue in zip((first_of_all, "and after:"), next(mistakes, ())):
+        print(title)
+        print_dialogue(dialogue)
 
 
 def report_evaluation(summary: dict[str, Any]) -> None:
     """The evaluation as a table of accuracies with their intervals, then everything else."""
     groups = {"all problems": summary}
-    for trait in ("level", "subject"):
-        groups |= {f"{trait} {name}": group for name, group in summary[f"by_{trait}"].items()}
+    groups |= {f"level {name}": group for name, group in summary["by_level"].items()}
+    groups |= summary["by_subject"]
     print(f"\n{'':<24}{'n':>6}   {'acc@t1 [95 % interval]':<24}acc@final [95 %]")
     for title, group in groups.items():
         cells = ((group[name], *group[f"{name}_ci"]) for name in ACCURACIES)
@@ -2357,26 +2353,23 @@ def report_evaluation(summary: dict[str, Any]) -> None:
         print(f"{title:<24.24}{group['n']:>6}   {first:<24}{final}")
     print()
     for name, value in summary.items():
-        if not isinstance(value, dict | list) and name not in ("n", *ACCURACIES):
-            print(f"  {name:<32}{value if isinstance(value, int) else show(value):>10}")
-    if "compare" in summary:
-        print(f"\ncompared with {summary['compare']['with']}:")
+        if name not in ("n", *ACCURACIES) and not isinstance(value, dict | list):
+            print(f"  {name:<32}{show(value):>10}")
+    if found := summary.get("compare"):
+        print(f"\ncompared with {found['with']}:")
         line = "  {:<10}{difference:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}], "
         line += "problems better {better}, worse {worse}, p = {p:.1g}"
         for name in ACCURACIES:
-            print(line.format(name, **summary["compare"][name]))
+            print(line.format(name, **found[name]))
 
 
 def print_dialogue(dialogue: Dialogue) -> None:
     """A dialogue as a person would write it down."""
-    speeches = [("problem", dialogue.problem.problem)]
-    for turn in dialogue.turns:
-        speeches.append((turn.role, turn.text.strip() + " [cut off]" * (not turn.ended)))
-    for speaker, text in speeches:
-        for line in text.splitlines() or [""]:
-            indent = {"initial_indent": f"  {speaker:<8} ", "subsequent_indent": " " * 11}
-            print(textwrap.fill(line, 79, **indent))
-            speaker = ""
+    said = [("problem", dialogue.problem.problem)]
+    said += [(t.role, t.text.strip() + " [cut off]" * (not t.ended)) for t in dialogue.turns]
+    for speaker, text in said:
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 68)]
+        print(f"  {speaker:<8} " + ("\n" + " " * 11).join(lines))
     if gold := dialogue.problem.answer:
         verdict = "right" if dialogue.attempts[-1].correct else f"wrong, it is {gold}"
         print(f"           ({verdict})")
@@ -2530,9 +2523,8 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
     attempts = []
     for place, row in itertools.islice(pool, config.eval_limit or None):
         problem = to_problem(row, -1, place, Config())  # its columns are ours
-        text, correct = row.get("attempt"), row.get("correct")
-        if not (isinstance(text, str) and isinstance(correct, bool)):
-            raise UsageError(f"{place}: 'attempt' (a text) or 'correct' (true or false) is missing")
+        with trying(place):
+            text, correct = row["attempt"], row["correct"]
         prompt = policy.prompt_ids(problem)
         ids = prompt + encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
@@ -2545,59 +2537,48 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
 
 Metrics = list[dict[str, Any]]  # the lines of metrics.jsonl
 # Okabe and Ito's colours: people with any kind of colour vision can tell them apart.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00")
 STYLES = ("-", "--", ":", "-.")  # a group of runs has its own
-PANELS = (  # title, y axis, its limits, (metric, name, colour)...
-    ("Loss", "squared error (reward²)", None, [("loss", "all turns", BLUE)]),
-    ("Reward by role, accuracy", "mean reward", None, [
-        ("acc_t1", "solve = acc@t1", BLUE), ("acc_final", "acc@final", GREEN),
-        ("reward_verify", "verify", ORANGE), ("reward_revise", "revise", RED)]),
-    ("Verifier: what it recognises", "recall", (-0.03, 1.03), [
-        ("verifier_recall_right", "right attempts", BLUE),
-        ("verifier_recall_wrong", "wrong attempts", RED)]),
-    ("Revisions", "share", (-0.03, 1.03), [
-        ("answer_change_ratio", "revisions that change", GREEN),
-        ("revision_rate", "problems revised", ORANGE)]),
-    ("Length and KL", "tokens a turn (blue)", None, [("response_tokens", "length", BLUE)]),
-)  # fmt: skip
+PANELS = (  # title, y axis, metrics
+    ("Loss", "squared error (reward²)", ["loss"]),
+    ("Rewards", "mean reward", ["acc_final", "reward_solve", "reward_verify", "reward_revise"]),
+    ("Verifier: what it recognises", "share", ["verifier_recall_right", "verifier_recall_wrong"]),
+    ("Revisions", "share", ["revision_rate", "answer_change_ratio"]),
+    ("Length and KL", "tokens a turn (blue)", ["response_tokens"]),
+)
+IDLE = ("seed", "out", "v_star", "eval_limit", "eval_every", "log_to", "threads", "device")
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[str, list[float]]]:
-    """The metrics of each group of runs, and Vhat of their problems by level. Runs that differ in
-    the seed alone are a group, whose name says what makes it unlike the others."""
-    runs, v_star = [], defaultdict(list)
-    for folder in folders:
-        config = read_config(folder / "config.json")
-        runs.append(
-            (vars(config), [line for _, line in read_jsonl(folder / "metrics.jsonl", whole=False)])
-        )
-        dialogues = [to_dialogue(row) for row in read_stage_one(folder / "v_star.jsonl")]
+    """The metrics of each group of runs, by what makes it unlike the others (runs that differ in what
+    is IDLE alone, as the seed, are a group), and Vhat by level."""
+    runs = [(folder, read_config(folder / "config.json")) for folder in folders]
+    names = [name for name in vars(Config()) if name not in IDLE]
+    unlike = [name for name in names if len({getattr(config, name) for _, config in runs}) > 1]
+    groups, v_star = defaultdict(list), defaultdict(list)
+    for folder, config in runs:
+        group = ", ".join(f"{name} {getattr(config, name)}" for name in unlike)
+        groups[group].append(read_lines(folder / "metrics.jsonl"))
+        dialogues = [to_dialogue(row) for row in read_lines(folder / "v_star.jsonl")[1:]]
         values = baselines(dialogues, config)
         for problem in {dialogue.problem for dialogue in dialogues}:
             v_star[str(problem.level)].append(values[problem.index, "solve"])
-    idle = {"seed", "out", "v_star", "eval_limit", "eval_every", "log_to", "threads", "device"}
-    names = [name for name in vars(Config()) if name not in idle]  # idle: not for learning
-    unlike = [name for name in names if len({options[name] for options, _ in runs}) > 1]
-    groups = defaultdict(list)
-    for options, metrics in runs:
-        groups[", ".join(f"{name} {options[name]}" for name in unlike)].append(metrics)
     return groups, dict(sorted(v_star.items()))
 
 
-def draw_curves(axis: Any, groups: Iterable[Any], metric: str, label: str, colour: str) -> None:
+def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour: str) -> None:
     """A metric of each group of runs: raw points, the smoothed mean, the band of its seeds."""
     import pandas
 
-    for style, runs in zip(itertools.cycle(STYLES), groups):
-        values = [pandas.Series([m.get(metric) for m in metrics], dtype=float) for metrics in runs]
-        raw = pandas.concat(values, axis=1)  # (steps, runs); nan where there is none
-        raw.index += 1
+    for style, runs in zip(itertools.cycle(STYLES), groups.values()):
+        columns = [pandas.Series({m["step"]: m[metric] for m in run}, dtype=float) for run in runs]
+        raw = pandas.concat(columns, axis=1)  # (steps, runs); nan where there is none
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
-        low, middle, high = (smooth.agg(name, axis=1) for name in ("min", "mean", "max"))
-        axis.plot(middle, style, color=colour, lw=2.5, label=label)
-        axis.fill_between(raw.index, low, high, color=colour, alpha=0.2, lw=0)
-        label = "_"  # the colours are explained once
+        label = metric if style == STYLES[0] else "_"  # the colours are explained once
+        axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)
+        band = smooth.min(axis=1), smooth.max(axis=1)
+        axis.fill_between(raw.index, *band, color=colour, alpha=0.2, lw=0)
 
 
 def plot(folders: Sequence[Path], out: Path) -> None:
@@ -2606,100 +2587,64 @@ def plot(folders: Sequence[Path], out: Path) -> None:
     from matplotlib.figure import Figure
 
     groups, v_star = load_runs(folders)
-    with matplotlib.rc_context({"font.size": 15, "legend.fontsize": 12, "lines.markersize": 5}):
+    with matplotlib.rc_context({"font.size": 15, "legend.fontsize": 11, "lines.markersize": 5}):
         figure = Figure(figsize=(13.5, 8.4), layout="constrained")
         axes = figure.subplots(2, 3).flat
-        for axis, (title, unit, limits, metrics) in zip(axes, PANELS):
-            for metric in metrics:
-                draw_curves(axis, groups.values(), *metric)
-            axis.set(xlabel="update", ylabel=unit, ylim=limits)
-            axis.set_title(title, pad=42 if len(metrics) > 1 else 6)
+        axes[3].axhspan(-0.03, 0.1, color="0.85", label="collapse zone")
+        for axis, (title, unit, metrics) in zip(axes, PANELS):
+            for colour, metric in zip(COLOURS, metrics):
+                draw_curves(axis, groups, metric, colour)
+            limits = (-0.03, 1.03) if unit == "share" else None
+            axis.set(title=title, xlabel="update", ylabel=unit, ylim=limits)
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
-        axes[3].axhspan(-0.03, 0.1, color="0.85", label="collapse zone")
+            if len(metrics) > 1:  # below, where it hides nothing
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
         second = axes[4].twinx()
-        draw_curves(second, groups.values(), "kl", "KL", RED)
+        draw_curves(second, groups, "kl", COLOURS[3])
         second.set_ylabel("KL to the reference\n(nats a turn, red)")
-        for axis in axes[1:4]:
-            above = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.98), "frameon": False}
-            axis.legend(**above, ncols=2, handlelength=1, columnspacing=1)
-        if len(groups) > 1:
-            styles = zip(itertools.cycle(STYLES), groups)
-            lines = [axes[0].plot([], [], style, color="k")[0] for style, _ in styles]
-            figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
         shades = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.1, len(v_star)))
         axes[5].hist([*v_star.values()], range=(0, 1), stacked=True, color=shades, label=[*v_star])
         axes[5].set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
         axes[5].legend(title="level")
+        if len(groups) > 1:
+            lines = [line for line in axes[0].lines if line.get_linestyle() != "None"]
+            figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
         figure.savefig(out)
 
 
-def draw(folder: Path) -> None:
-    """A finished run's dashboard.png; without matplotlib, how to get it."""
-    try:
-        plot([folder], folder / "dashboard.png")
-    except ImportError:
-        print(f"no picture: pip install matplotlib, then python astarpo.py plot {folder}")
-
-
-# Why is nothing learned? The commonest questions about a run, answered from its own numbers. A
-# number that is not known is nan, and nan fulfils no condition.
-
 WINDOW = 5  # training batches that are looked at together
-SYMPTOMS: list[tuple[Callable[[dict[str, float]], bool], str]] = [
-    (lambda f: f["truncated_rate"] > 0.5, """{truncated_rate:.0%} of the responses were cut off at
-        --max-new-tokens {max_new_tokens}, mostly before an answer could come: raise it."""),
-    (lambda f: f["no_answer_rate"] > 0.5, """{no_answer_rate:.0%} of the attempts hold no answer
-        that can be extracted. Read some ('solve'); if the model does not write \\boxed{{}}, take
-        one that follows instructions."""),
-    (lambda f: f["never"] > 0.9, """{never:.0%} of the problems were not solved once in
-        {num_samples} samples (V* = 0): hardly anything to learn from. Take easier problems, a
-        stronger --model, or more --num-samples."""),
-    (lambda f: f["always"] > 0.9, """{always:.0%} of the problems were solved by each of
-        {num_samples} samples (V* = 1): nothing is left to learn. Take harder problems."""),
-    (lambda f: f["skipped"] > 0, """The loss or its gradient is not finite (step {step:.0f}).
-        Such updates are left out; if they go on, lower --lr or use --dtype float32."""),
-    (lambda f: f["kl"] > f["response_tokens"], """KL to the reference is {kl:.0f} nats a turn of
-        {response_tokens:.0f} tokens: the policy is running away. Lower --lr or raise --beta2."""),
-    (lambda f: abs(f["verifier_recall_right"] - f["verifier_recall_wrong"]) > 0.95, """The verifier
-        says one thing only: it recognises {verifier_recall_right:.0%} of the right attempts and
-        {verifier_recall_wrong:.0%} of the wrong ones. It needs both kinds to judge (problems that
-        are solved about half the time); try a lower --lr, too."""),
-    (lambda f: (f["same_text_rate"] > 0.5 and f["batch_size"] > 3) or f["response_tokens"] < 2,
-        """The responses collapse: {same_text_rate:.0%} of a batch's first attempts are the same
-        text, and a response has {response_tokens:.1f} tokens. Lower --lr or raise --beta2."""),
-    (lambda f: f["best"] - f["acc_final"] > max(0.1, 4 * math.sqrt(0.1 / f["batch_size"])),
-        """acc_final fell from {best:.2f} (until step {best_step:.0f}) to {acc_final:.2f}, by more
-        than chance. Stop earlier or lower --lr; --eval-every keeps the best model in best/."""),
-]  # fmt: skip
+SYMPTOMS = {  # why is nothing learned? a number, the limit that it is above, and the remedy
+    "truncated_rate": (0.5, "responses are cut off before an answer comes; raise --max-new-tokens"),
+    "no_answer_rate": (0.5, "attempts hold no answer; read some with 'solve', try another --model"),
+    "never_solved": (0.9, "no sample to learn from; take easier problems or a stronger --model"),
+    "skipped": (0, "loss or gradient is not finite; lower --lr or use --dtype float32"),
+    "kl_per_token": (1, "the policy is running away; lower --lr or raise --beta2"),
+    "verifier_bias": (0.95, "it says one thing only; take problems solved about half the time"),
+}
 
 
-def explain(facts: dict[str, Any], config: Config, told: set[str]) -> None:
-    """Print the sentence of each symptom that the facts show, unless it was `told` before."""
-    known = defaultdict(lambda: math.nan, vars(config))
-    known |= {name: value for name, value in facts.items() if value is not None}
-    for applies, sentence in SYMPTOMS:
-        if sentence not in told and applies(known):
-            told.add(sentence)
-            text = "! " + " ".join(sentence.format_map(known).split())
+def explain(facts: dict[str, float | None], told: set[str]) -> None:
+    """Name the symptoms that some means show, each only once."""
+    f: dict[str, float] = defaultdict(lambda: math.nan)  # nan is above no limit
+    f.update((name, value) for name, value in facts.items() if value is not None)
+    f["kl_per_token"] = f["kl"] / f["response_tokens"]
+    f["verifier_bias"] = abs(f["verifier_recall_right"] - f["verifier_recall_wrong"])
+    for name, (limit, remedy) in SYMPTOMS.items():
+        if f[name] > limit and name not in told:
+            told.add(name)
+            text = f"! {name} is {f[name]:.2f}: {remedy}"
             tqdm.write(textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False))
 
 
-def recent(history: Metrics) -> dict[str, float | None]:
-    """Each metric's mean over the last batches, as far as it is known."""
-    last = history[-WINDOW:]
-    return {k: mean(m[k] for m in last if m[k] is not None) for m in last[:1] for k in m}
-
-
-def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
+def diagnose(history: Metrics, told: set[str]) -> None:
     """Look at the last batches for symptoms. Raises RunError if no update is possible any more."""
-    facts = {name: history[-1][name] for name in ("step", "skipped")}
-    if len(history) >= WINDOW:
-        finals = [metrics["acc_final"] for metrics in history]
-        means = np.convolve(finals, np.full(WINDOW, 1 / WINDOW), "valid")
-        facts = recent(history) | facts | {"best": max(means), "best_step": WINDOW + means.argmax()}
-    explain(facts, config, told)
-    if [metrics["skipped"] for metrics in history[-WINDOW:]] == [1.0] * WINDOW:
+    last = history[-WINDOW:]
+    enough = len(last) == WINDOW
+    names = last[0] if enough else ["skipped"]  # it is too early to say more
+    seen = {name: mean(m[name] for m in last if m[name] is not None) for name in names}
+    explain(seen, told)
+    if enough and seen["skipped"] == 1:
         stop = "so the run stops with its last good model: lower --lr, or use --dtype float32"
         raise RunError(f"no finite loss and gradient in {WINDOW} steps running, {stop}")
 
@@ -2707,9 +2652,8 @@ def diagnose(history: Metrics, config: Config, told: set[str]) -> None:
 # --- G. Runs that survive -------------------------------------------------------------------------
 # A long run is killed some day, and goes on as if nothing had happened. Its random numbers are a
 # pure function of what they are for (section 6), so the weights, AdamW's moments and the metrics so
-# far are all that stage 2 needs: they go into one file, state.pt, every --save-every steps. Stage
-# 1's dialogues are kept in parts, in v_star.jsonl. A file that is not only appended to takes its
-# name when it is whole and on the disk. Of several processes the first one reads and writes.
+# far are all that stage 2 needs: state.pt has them, every --save-every steps. Stage 1's dialogues
+# are kept in parts, in v_star.jsonl. Of several processes the first one reads and writes.
 
 
 class Run(contextlib.AbstractContextManager):
@@ -2720,60 +2664,64 @@ class Run(contextlib.AbstractContextManager):
             config = dataclasses.replace(config, v_star="")  # it has its own copy
         self.config, self.resumed = check_options(config, "train"), resume
         self.folder = Path(config.out) if resume else first(lambda: new_folder(config.out))
-        self.metrics: list[dict[str, Any]] = []  # of the steps so far
-        self.evaluations: list[dict[str, Any]] = []  # of --eval-every
+        self.stage_one = self.folder / "v_star.jsonl"
+        self.metrics: Metrics = []  # of the steps so far
+        self.evaluations: Metrics = []  # of --eval-every
         self.seconds: dict[str, float] = {}
         self.told: set[str] = set()  # the complaints so far: each comes once
         self.learner: Learner | None = None
-        self.lock: TextIO | None = None
+        self.lock: Any = contextlib.nullcontext()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """After Ctrl-C or an error, keep the model as it is (one of several processes cannot)."""
         saved = ""
-        try:
+        with self.lock:  # until now
             if kind and self.learner and world()[1] == 1:
                 save_model(self.learner.policy, self.folder / "checkpoint")
                 saved = f"; {self.folder}/checkpoint is the model as it is now"
-        finally:
-            if self.lock:
-                self.lock.close()
         if kind is KeyboardInterrupt:
             go_on = f"; go on with 'train --resume {self.folder}'" * is_unfinished(self.folder)
             raise RunError(f"stopped{go_on}{saved}") from None
 
     def begin(self, policy: Policy, problems: list[Problem]) -> None:
-        """Write config.json, or see that what goes on now is what began then. Raises UsageError."""
+        """Write config.json, and see that stage 1, where it is known, is of this model and these
+        problems. Raises UsageError."""
         config, weights = self.config, weights_hash(policy.model)
         # What stage 1's samples depend on (but for the seed: any sample of the reference will do).
-        made_from = [
-            3,  # the version of v_star.jsonl
-            weights,
-            (config.num_samples, config.temperature, config.revisions, config.max_new_tokens),
-            [(p.index, p.problem, p.answer) for p in problems],
-            (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT, policy.tokenizer.chat_template),
-        ]
-        digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-        self.stage_one, self.mark = self.folder / "v_star.jsonl", {"fingerprint": digest[:16]}
-        self.played = first(lambda: self.open_folder(weights, str(policy.dtype)[6:]))
+        sizes = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
+        asked = [(p.index, p.problem, p.answer) for p in problems]
+        words = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT, policy.tokenizer.chat_template)
+        made_from = json.dumps([3, weights, sizes, asked, words])  # 3: the version of v_star.jsonl
+        self.mark = {"fingerprint": hashlib.sha256(made_from.encode()).hexdigest()[:16]}
+        # What "auto" has become here, so that a run that goes on computes in the same way.
+        found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+        versions["python"] = sys.version.split()[0]
+        about = vars(config) | found | {"weights": weights, "versions": versions}
+        self.played = first(lambda: self.open_folder(about))
         self.send = number_sink(config, self.folder)
 
-    def open_folder(self, weights: str, dtype: str) -> list[dict[str, Any]]:
+    def open_folder(self, about: dict[str, Any]) -> list[dict[str, Any]]:
         """What `begin` does on the disk. Returns the lines of stage 1 that are there."""
-        path, given = self.folder / "config.json", Path(self.config.v_star)
-        played = read_stage_one(self.stage_one if self.stage_one.exists() else given, self.mark)
+        path = self.stage_one if self.stage_one.exists() else Path(self.config.v_star)
+        head, *played = read_lines(path) or [self.mark]
+        if head != self.mark:
+            raise UsageError(
+                f"{path} was made with other weights, problems, sampling options or by another "
+                "version: put back what has changed, or begin a new run without --v-star"
+            )
         if not self.resumed:
-            new_folder(str(self.folder), make=True)  # is it still free, after the loading?
-            versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-            # What "auto" has become here, so that a run that goes on computes in the same way.
-            found = {"threads": torch.get_num_threads(), "dtype": dtype, "weights": weights}
-            found["versions"] = {"python": sys.version.split()[0], **versions}
-            write_rows(path, [dataclasses.asdict(self.config) | found], indent=2)
-        elif json.loads(path.read_text(encoding="utf-8")).get("weights") != weights:
-            model = self.config.model
-            raise UsageError(f"--resume: {model} holds other weights than when {path} was written")
-        self.lock = held(path)  # until we return, or are killed
-        if given.is_file() and not self.stage_one.exists():
-            write_rows(self.stage_one, [self.mark, *played])
+            new_folder(str(self.folder))  # is it still free, after the loading?
+            write_rows(self.folder / "config.json", [about], indent=2)
+        self.lock = (self.folder / "config.json").open(encoding="utf-8")
+        try:  # to keep others from going on with us; the system lets go when we are dead
+            import fcntl
+
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--resume: the run in {self.folder} is still going on") from error
+        except (ImportError, OSError):  # Windows; a file system without locks
+            pass
         return played
 
     def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
@@ -2797,16 +2745,16 @@ class Run(contextlib.AbstractContextManager):
         """Say what stage 1 found. Returns the problems to train on."""
         if not dialogues:  # --num-samples 0
             return []
-        report_stage_one(dialogues, v_star, self.config, self.told)
+        report_stage_one(dialogues, v_star, self.told)
         everything = not self.config.drop_unsolved
-        kept = {d.problem: None for d in dialogues if everything or d.turns[0].correct}
+        kept = dict.fromkeys(d.problem for d in dialogues if everything or d.turns[0].correct)
         if not kept:
             raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
         return list(kept)
 
     def steps(self, learner: Learner) -> Iterator[int]:
         """The steps that are still to be done; the learner is brought back to where they begin."""
-        self.restore(learner.policy, learner.optimizer)
+        self.restore(learner)
         self.learner = learner  # from here on an error keeps its model
         with progress("stage 2", self.config.steps, len(self.metrics)) as self.bar:
             yield from range(len(self.metrics), self.config.steps)
@@ -2824,13 +2772,15 @@ class Run(contextlib.AbstractContextManager):
         step, steps = len(self.metrics) + 1, self.config.steps
         seen = {name: mean(update[name] for update in updates) for name in updates[0]}
         sampled = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
+        device = self.learner.policy.device
+        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
         metrics = {
             "step": step,
             **{name: value if math.isfinite(value) else None for name, value in seen.items()},
             **statistics(dialogues),
             **self.seconds,
             "tokens_per_second": sampled / sum(self.seconds.values()),
-            "peak_memory_mib": peak_memory(self.learner.policy.device),
+            "peak_memory_mib": peak,
         }
         self.metrics.append(metrics)
         write_rows(self.folder / "metrics.jsonl", [metrics], append=True)
@@ -2840,14 +2790,13 @@ class Run(contextlib.AbstractContextManager):
         if self.bar.disable and step * 10 // steps > (step - 1) * 10 // steps:
             print(f"stage 2 {step}/{steps}  {numbers}", flush=True)
         self.send(metrics)
-        diagnose(self.metrics, self.config, self.told)
+        diagnose(self.metrics, self.told)
 
     def check_in(self, measure: Callable[[], Evaluation]) -> None:
         """--eval-every: a line of eval.jsonl, and in best/ the model of the best acc_final so far.
         --save-every: a state to go on from."""
-        step = len(self.metrics)
-        due = [n > 0 and step % n == 0 for n in (self.config.eval_every, self.config.save_every)]
-        if due[0]:
+        step, config = len(self.metrics), self.config
+        if config.eval_every and step % config.eval_every == 0:
             summary = {"step": step, **measure()[0]}
             shown = "after step {step}: acc_t1 {acc_t1:.3f}, acc_final {acc_final:.3f}"
             tqdm.write(shown.format(**summary))
@@ -2856,17 +2805,18 @@ class Run(contextlib.AbstractContextManager):
             self.evaluations.append(summary)
             write_rows(self.folder / "eval.jsonl", [summary], append=True)
             self.send({"step": step} | {f"eval/{name}": summary[name] for name in summary})
-        if due[1] or step == self.config.steps:
-            self.save(self.learner.policy, self.learner.optimizer)
+        if step == config.steps or (config.save_every and step % config.save_every == 0):
+            self.save()
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    def save(self) -> None:
         """Write state.pt: all that --resume needs, in one file."""
-        learned = {name for name, p in policy.model.named_parameters() if p.requires_grad}
-        weights, moments = get_state_dict(policy.model, optimizer, options=WHOLE)
+        model = self.learner.policy.model
+        learned = {name for name, p in model.named_parameters() if p.requires_grad}
+        weights, moments = get_state_dict(model, self.learner.optimizer, options=WHOLE)
         state = {
             "model": {n: w for n, w in weights.items() if n in learned},  # a tied head once
             "optimizer": moments,
-            "scaler": policy.scaler.state_dict(),
+            "scaler": self.learner.policy.scaler.state_dict(),
             "metrics": self.metrics,
             "evaluations": self.evaluations,
         }
@@ -2874,7 +2824,7 @@ class Run(contextlib.AbstractContextManager):
             with whole_or_not(self.folder / "state.pt") as partial, partial.open("wb") as file:
                 torch.save(state, file)
 
-    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, learner: Learner) -> None:
         """Go back to the state, if there is one: what was written after it is done again."""
         path = self.folder / "state.pt"
         if first(path.exists):
@@ -2884,8 +2834,8 @@ class Run(contextlib.AbstractContextManager):
                 self.metrics, self.evaluations = state["metrics"], state["evaluations"]
             print(f"going on after step {len(self.metrics)}")
             saved = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-            set_state_dict(policy.model, optimizer, **saved, options=WHOLE)
-            policy.scaler.load_state_dict(state["scaler"])
+            set_state_dict(learner.policy.model, learner.optimizer, **saved, options=WHOLE)
+            learner.policy.scaler.load_state_dict(state["scaler"])
         write_rows(self.folder / "metrics.jsonl", self.metrics)
         if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)
@@ -2894,18 +2844,19 @@ class Run(contextlib.AbstractContextManager):
         """Save the model, evaluate it, report. Returns the summary."""
         save_model(self.learner.policy, self.folder / "checkpoint")
         after, dialogues = measure()
-        kl = recent(self.metrics).get("kl") or 0.0
-        summary = {"before": before[0], "after": after, "kl": kl}
+        kl = mean(m["kl"] for m in self.metrics[-WINDOW:] if m["kl"] is not None)
+        summary = {"before": before[0], "after": after, "kl": kl or 0.0}
         write_rows(self.folder / "eval_results.jsonl", dialogues)
         write_rows(self.folder / "summary.json", [summary], indent=2)
         report_training(summary, before[1], dialogues)
-        if is_first():
-            draw(self.folder)
+        with contextlib.suppress(ImportError):  # matplotlib may not be there
+            if is_first():
+                plot([self.folder], self.folder / "dashboard.png")
         print(f"\nwritten to {self.folder}: checkpoint/, metrics.jsonl, summary.json, ...")
         return summary
 
 
-def new_folder(path: str, suffix: str = "", make: bool = False) -> Path:
+def new_folder(path: str, suffix: str = "") -> Path:
     """Where results can go: a folder that is new or empty. Raises UsageError."""
     folder = Path(path or time.strftime("runs/%Y%m%d-%H%M%S") + suffix)
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -2914,8 +2865,6 @@ def new_folder(path: str, suffix: str = "", make: bool = False) -> Path:
     if above == folder and {file.name for file in folder.iterdir()} - {"config.json.partial"}:
         go_on = f", or go on with that run: train --resume {folder}" * is_unfinished(folder)
         raise UsageError(f"--out {folder} holds files already: name a new folder{go_on}")
-    if make:  # an error if another run has made it at the same time
-        folder.mkdir(parents=True, exist_ok=folder.exists())
     return folder
 
 
@@ -2926,15 +2875,12 @@ def is_unfinished(folder: Path) -> bool:
 
 def unfinished_run(path: str) -> Config:
     """The options of the run to go on with: `path` or the newest of runs/. Raises UsageError."""
-    runs = [Path(path)] if path else sorted(Path("runs").glob("*"), key=lambda f: f.stat().st_mtime)
+    runs = [Path(path)] if path else sorted(Path("runs").glob("*"), key=os.path.getmtime)
     found = [run for run in runs if is_unfinished(run)]
     if not found:
         why = "holds no unfinished run (one with a summary.json is finished)"
         raise UsageError(f"--resume: {path or 'runs/'} {why}")
-    config = dataclasses.replace(read_config(found[-1] / "config.json"), out=str(found[-1]))
-    if (found[-1] / "v_star.jsonl").exists():  # its own; what was given may be gone
-        config.v_star = ""
-    return config
+    return dataclasses.replace(read_config(found[-1] / "config.json"), out=str(found[-1]))
 
 
 def read_config(path: Path) -> Config:
@@ -2944,79 +2890,43 @@ def read_config(path: Path) -> Config:
         config = Config(**{k: v for k, v in values.items() if k not in ("versions", "weights")})
         for item in dataclasses.fields(config):
             value, kind = getattr(config, item.name), TYPES[item.type]
-            whole = kind is float and type(value) is int
-            if type(value) not in (kind, type(item.default)) and not whole:
+            if type(value) not in (kind, type(item.default), int if kind is float else kind):
                 raise TypeError(f"'{item.name}' is {value!r}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not the config.json of a run: {error}") from error
     return config
 
 
-def held(path: Path) -> TextIO:
-    """Keep others from going on with a run that is not dead. The system drops the lock with us."""
-    file = path.open(encoding="utf-8")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(f"--resume: the run in {path.parent} is still going on") from error
-    except (ImportError, OSError):  # Windows; a file system without locks
-        pass
-    return file
-
-
-def read_stage_one(path: Path, mark: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """The lines of a v_star.jsonl; the first tells what they were made from. Raises UsageError."""
-    lines = [row for _, row in read_jsonl(path, whole=False)] if path.is_file() else []
-    if mark and path.is_file() and lines[:1] != [mark]:
-        raise UsageError(
-            f"{path} was made with other weights, problems, sampling options or by another "
-            "version: put back what has changed, or begin a new run without --v-star"
-        )
-    return lines[1:]
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory used so far, in MiB: of the GPU, or on a CPU of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(ImportError):  # Windows has no such module
-        import resource
-
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return 0.0
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file of a run, which a kill may have cut off; none if there is none."""
+    return [row for _, row in read_jsonl(path, whole=False)] if path.is_file() else []
 
 
 def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None]:
     """--log-to: what sends the numbers of a step on."""
-    if config.log_to == "wandb" and is_first():
+    if config.log_to == "none" or not is_first():
+        return lambda numbers: None
+    if config.log_to == "wandb":
         import wandb
 
         run = wandb.init(project="astarpo", dir=folder, config=vars(config))
         return lambda numbers: run.log(numbers, step=numbers["step"])
-    if config.log_to == "tensorboard" and is_first():
-        from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard import SummaryWriter
 
-        add = SummaryWriter(str(folder)).add_scalar
-        return lambda numbers: [
-            add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, int | float)
-        ]
-    return lambda numbers: None
+    add = SummaryWriter(str(folder)).add_scalar
+    return lambda numbers: [
+        add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, int | float)
+    ]
 
 
 # --- H. Large models, several devices -------------------------------------------------------------
-# A model of 1.5 billion parameters, its gradient, AdamW's two moments and the reference are 28 GB
-# (31 in float32). LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then
-# be half as wide; the reference is the same weights without them. Recomputing activations in the
-# backward pass trades time for memory.
-#
-# `torchrun --nproc_per_node=8 astarpo.py train ...` starts eight of us. Each plays its share of the
-# dialogues; all exchange them, so that each knows all and counts alike; each scores its share, and
-# the gradients are summed. ddp: every process holds everything. fsdp: weights, gradients and
-# moments are dealt out in slices and put together layer by layer where they are needed (PyTorch's
-# FSDP2), but as a whole while sampling, where every process goes at its own pace.
+# LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then be half as wide;
+# the reference is the same weights without them. Recomputing activations in the backward pass
+# trades time for memory. `torchrun --nproc_per_node=8 astarpo.py train ...` starts eight of us: each
+# plays its share of the dialogues, all exchange them, each scores its share, and the gradients are
+# summed. ddp: every process holds everything. fsdp (PyTorch's FSDP2): weights, gradients and moments
+# are dealt out in slices and put together layer by layer where they are needed, but as a whole
+# while sampling, where every process goes at its own pace.
 
 WHOLE = StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
@@ -3077,7 +2987,7 @@ def is_first() -> bool:
 
 def join_processes(device: str) -> None:
     """Under torchrun: meet the other processes. Only the first one prints."""
-    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys() or dist.is_initialized():
+    if "LOCAL_RANK" not in os.environ:
         return
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
@@ -3089,17 +2999,16 @@ def join_processes(device: str) -> None:
 
 def first(work: Callable[[], Any]) -> Any:
     """What `work` returns or raises in the first process, in all of them."""
-    outcome: list[Any] = [None, None]
+    found, error = None, None
     if is_first():
         try:
-            outcome[0] = work()
-        except (UsageError, RunError, OSError) as error:
-            outcome[1] = error
-    if world()[1] > 1:
-        dist.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise outcome[1]
-    return outcome[0]
+            found = work()
+        except (UsageError, RunError, OSError) as caught:
+            error = caught
+    found, error = collect([(found, error)], world()[1])[0]
+    if error:
+        raise error
+    return found
 
 
 def deal(items: Sequence[Any]) -> list[Any]:
@@ -3132,12 +3041,8 @@ def rollouts(
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each of at most `budget` tokens with its padding (but
-    of at least one index).
-
-    >>> list(token_batches([5, 1, 4, 2], budget=8))
-    [[1, 3], [2], [0]]
-    """
+    """Indices in batches of similar length, each of at most `budget` tokens with its padding, but
+    of at least one index: lengths 5, 1, 4, 2 and a budget of 8 give [1, 3], [2], [0]."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[i] > budget:
@@ -3151,11 +3056,9 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 def my_share(dialogues: Sequence[Dialogue], budget: int) -> list[tuple[Sequence[Dialogue], float]]:
     """The micro-batches of this process, with their weights. All processes have as many: a slice of
     fsdp's waits for the others in each pass, so who has fewer adds passes that weigh nothing."""
-    rank, size = world()
-    shares = [dialogues[r::size] for r in range(size)]
-    batches = [[*token_batches([len(d.ids) for d in share], budget)] for share in shares]
-    mine = [([shares[rank][i] for i in batch], 1.0) for batch in batches[rank]]
-    return mine + [(dialogues[:1], 0.0)] * (max(map(len, batches)) - len(mine))
+    batches = [*token_batches([len(dialogue.ids) for dialogue in dialogues], budget)]
+    mine = [([dialogues[i] for i in batch], 1.0) for batch in deal(batches)]
+    return mine + [(dialogues[:1], 0.0)] * (math.ceil(len(batches) / world()[1]) - len(mine))
 
 
 def deal_out(policy: Policy, ref: Policy, config: Config) -> None:
@@ -3186,14 +3089,12 @@ def gathered(model: Any) -> Iterator[None]:
 
 def sum_over_processes(model: Any, seen: dict[str, float]) -> dict[str, float]:
     """Add up over the processes the gradients and the numbers that were seen."""
-    _, size = world()
-    for parameter in filter(lambda p: p.requires_grad and size > 1, model.parameters()):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    size = world()[1]
+    for gradient in [p.grad for p in model.parameters() if size > 1 and p.grad is not None]:
         if isinstance(model, FSDPModule):
-            parameter.grad *= size  # fsdp has summed already, and divided
+            gradient *= size  # fsdp has summed already, and divided
         else:
-            dist.all_reduce(parameter.grad)
+            dist.all_reduce(gradient)
     everyone = collect([seen], size)
     return {name: sum(theirs[name] for theirs in everyone) for name in seen}
 
@@ -3231,7 +3132,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     if config.compare:  # loaded first: that there is no such model must not be news in the end
         other = load_policy(dataclasses.replace(config, model=config.compare))
         check_context(other, config)
-    first(lambda: new_folder(str(folder), make=True))
+    first(lambda: new_folder(str(folder)))  # is it still free?
     summary, dialogues = evaluate_policy(policy, problems, config)
     if config.compare:
         _, theirs = evaluate_policy(other, problems, config)

@@ -1727,9 +1727,9 @@ OLD_STATE = {"model": {}, "optimizer": {}, "metrics": [], "scaler": {}}
 
 
 def reweighed(run: Path) -> None:
-    """The run in a folder is said to have begun with other weights."""
+    """The model that a run began with has other weights now."""
     about = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**about, "weights": "0123456789abcdef"}))
+    (run / "config.json").write_text(json.dumps({**about, "model": str(run / "checkpoint")}))
 
 
 @pytest.mark.parametrize(
@@ -1743,7 +1743,7 @@ def reweighed(run: Path) -> None:
         (lambda run: os.truncate(run / "state.pt", 999), 2, DAMAGED),
         (lambda run: os.truncate(run / "state.pt", 2_000_000), 2, DAMAGED),
         (lambda run: torch.save(OLD_STATE, run / "state.pt"), 2, DAMAGED),
-        (reweighed, 2, "holds other weights"),
+        (reweighed, 2, "was made with other weights"),
     ],
 )
 def test_what_is_half_done_is_done_again_and_what_is_damaged_is_refused_in_one_sentence(
@@ -2170,14 +2170,12 @@ def made_metrics(**changes: object) -> list[dict]:
 
 
 SICK = [
-    ({"truncated_rate": 0.8}, "80% of the responses were cut off at --max-new-tokens 64"),
-    ({"no_answer_rate": 0.7}, "70% of the attempts hold no answer"),
-    ({"skipped": 0.5, "loss": None, "kl": None}, "not finite (step 5)"),
-    ({"kl": 45.0}, "KL to the reference is 45 nats a turn of 20 tokens"),
-    ({"verifier_recall_right": 1.0, "verifier_recall_wrong": 0.01}, "one thing only"),
-    ({"verifier_recall_right": 0.0, "verifier_recall_wrong": 1.0}, "one thing only"),
-    ({"same_text_rate": 0.9}, "90% of a batch's first attempts are the same text"),
-    ({"response_tokens": 1.0, "kl": 0.1}, "a response has 1.0 tokens"),
+    ({"truncated_rate": 0.8}, "truncated_rate is 0.80: responses are cut off"),
+    ({"no_answer_rate": 0.7}, "no_answer_rate is 0.70: attempts hold no answer"),
+    ({"skipped": 0.5, "loss": None, "kl": None}, "skipped is 0.50: loss or gradient is not finite"),
+    ({"kl": 45.0}, "kl_per_token is 2.25: the policy is running away"),
+    ({"verifier_recall_right": 1.0, "verifier_recall_wrong": 0.01}, "0.99: it says one thing only"),
+    ({"verifier_recall_right": 0.0, "verifier_recall_wrong": 1.0}, "1.00: it says one thing only"),
     ({}, ""),
     ({"verifier_recall_wrong": None}, ""),  # nothing was wrong: nothing is known
 ]
@@ -2187,17 +2185,9 @@ SICK = [
 def test_each_symptom_is_explained_once(changes, sentence, capsys):
     told: set[str] = set()
     for _ in range(3):
-        A.diagnose(made_metrics(**changes), A.Config(), told)
+        A.diagnose(made_metrics(**changes), told)
     shown = " ".join(capsys.readouterr().out.split())
     assert sentence in shown and len(told) == shown.count("! ") == bool(sentence)
-
-
-def test_a_fall_of_the_accuracy_is_told_from_chance(capsys):
-    history = made_metrics(acc_final=0.8) + made_metrics(acc_final=0.62)
-    for size, told in ((8, False), (64, True)):  # 0.18 less: chance in small batches
-        A.diagnose(history, A.Config(batch_size=size), set())
-        shown = " ".join(capsys.readouterr().out.split())
-        assert ("fell from 0.80 (until step 5) to 0.62" in shown) is told
 
 
 def test_stage_one_says_what_can_be_learned(base, problems, capsys):
@@ -2209,11 +2199,10 @@ def test_stage_one_says_what_can_be_learned(base, problems, capsys):
         turn.text, turn.end = str(id(turn)), 10  # all unlike
     for dialogues, expected, complaints in (
         (A.rollout(base, twice, config, 0), ["V* of 6", "0.0 to 0.1 6 ####", "never solved 100%",
-            "not solved once in 2", "cut off at --max-new-tokens 2", "pass@2 of"], 3),
-        (easy, ["V* of 4", "0.9 to 1.0 4 ####", "always solved 100%", "mean: solve 1.00",
-            "100% of the problems were solved by each"], 1),
+            "no sample to learn from", "raise --max-new-tokens", "pass@2 of"], 3),
+        (easy, ["V* of 4", "0.9 to 1.0 4 ####", "always solved 100%", "mean: solve 1.00"], 0),
     ):  # fmt: skip
-        A.report_stage_one(dialogues, A.baselines(dialogues, config), config, set())
+        A.report_stage_one(dialogues, A.baselines(dialogues, config), set())
         shown = " ".join(capsys.readouterr().out.split())
         assert all(part in shown for part in expected) and shown.count("! ") == complaints
 
@@ -2226,7 +2215,7 @@ def test_a_run_whose_gradients_are_never_finite_stops_with_its_last_good_model(
     small = {"batch_size": 4, "train_limit": 4, "eval_limit": 4, "num_samples": 1}
     with pytest.raises(A.RunError, match="in 5 steps running"):
         A.train(quick(**small, steps=9, max_new_tokens=16, out=str(tmp_path / "run")))
-    assert capsys.readouterr().out.count("is not finite (step 1)") == 1
+    assert capsys.readouterr().out.count("is not finite") == 1
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [m["skipped"] for m in metrics] == [1.0] * 5 and metrics[0]["loss"] is None
     saved = A.load_policy(A.Config(model=str(tmp_path / "run" / "checkpoint"), threads=1))
@@ -2262,7 +2251,7 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
     assert [line.get_linestyle() for line in legend.get_lines()] == ["-", "--"]
     smoothed = [line for line in axes[0].lines if line.get_linestyle() != "None"]
     assert [line.get_ydata().tolist() for line in smoothed[:2]] == [[7, 7], [8.5, 8.5]]
-    dialogues = [A.to_dialogue(row) for row in A.read_stage_one(finished / "v_star.jsonl")]
+    dialogues = [A.to_dialogue(row) for row in A.read_lines(finished / "v_star.jsonl")[1:]]
     v_star = A.baselines(dialogues, A.read_config(finished / "config.json"))
     expected, _ = np.histogram([v_star[i, "solve"] for i in range(8)], 10, (0, 1))
     heights = np.array([bar.get_height() for bar in axes[5].patches]).reshape(-1, 10)
@@ -2273,9 +2262,7 @@ def test_a_picture_needs_a_run_and_matplotlib(finished, tmp_path, monkeypatch, c
     assert A.main(["plot", str(tmp_path)]) == 2
     assert "is not the config.json of a run" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    A.draw(finished)
-    shown = capsys.readouterr().out.strip()
-    assert "pip install matplotlib" in shown and len(shown.splitlines()) == 1
+    assert "pip install matplotlib" in refused(capsys, "plot", finished)
 
 
 # --- Our own problems and the base ----------------------------------------------------------------
