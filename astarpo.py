@@ -232,9 +232,7 @@ class Config:
     # The neighbours, Part II:
     loss: str = option("astarpo", "what a step minimises", choices=LOSS_NAMES)
     group: int = option(1, "dialogues a problem in a batch (GRPO)", AT_LEAST_1)
-    search: int = option(
-        0, "find answers by best-first search: expansions at most", on="eval solve"
-    )
+    search: int = option(0, "answers by best-first search: openings at most", on="eval solve")
     format_reward: float = option(0.0, "bonus for an attempt whose answer can be read", (-10, 10))
     length_penalty: float = option(0.0, "price of a token beyond half of --max-new-tokens")
 
@@ -729,14 +727,10 @@ class Dialogue:
         """The verify turns; check k is about attempt k."""
         return [turn for turn in self.turns if turn.role == "verify"]
 
-    def results(self) -> tuple[list[bool], list[bool | None]]:
-        """Was each attempt right, and what did each check say?"""
-        return [turn.correct for turn in self.attempts], [turn.verdict for turn in self.checks]
-
-    def pay(self, config: Config) -> None:
-        """Give each turn its reward (`shaping`, of Part II, adds 0 unless it is asked for more)."""
-        for turn, reward in zip(self.turns, dialogue_rewards(*self.results(), config.alpha)):
-            turn.reward = reward + shaping(turn, config)
+    def rewards(self, alpha: float) -> list[float]:
+        """What its turns have earned."""
+        correct = [turn.correct for turn in self.attempts]
+        return dialogue_rewards(correct, [turn.verdict for turn in self.checks], alpha)
 
 
 def next_role(dialogue: Dialogue) -> str | None:
@@ -804,29 +798,32 @@ def rollout(
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
                 play_turn(policy, [going[i] for i in batch], config, step)
     for dialogue in mine:
-        dialogue.pay(config)
+        pay(dialogue, config)
     return collect(mine, len(dialogues))
 
 
 # --- 10. Training ---------------------------------------------------------------------------------
 # Stage 1 plays N dialogues about each problem with the reference and keeps Vhat for each (problem,
-# role). The solve turn has N samples, the verify turn as well; a revision comes only after a check
-# that did not say "correct", so its Vhat often rests on one sample or two. If none of the N was
-# revised, the role gets the value of all samples of that role, over all problems: section 8 says
-# why that is harmless. Stage 2 plays one dialogue a problem with the present policy, takes a
-# gradient step on (6), and goes on with the next problems. `Run`, in the appendix, is the run's
-# folder: it keeps and prints what happens, and brings it back after a kill.
+# role). The solve and verify turns have N samples; a revision comes only after a check that did not
+# say "correct", so its Vhat often rests on one sample or two. If none of the N was revised, the role
+# gets the value of all samples of that role, over all problems: section 8 says why that is harmless.
+# Stage 2 plays one dialogue a problem with the present policy and takes a gradient step on (6).
+# `Run`, in the appendix, is the run's folder: it keeps and prints what happens, and brings it back
+# after a kill.
 
 Baselines = dict[tuple[int, str], float]  # (problem index, role) -> Vhat, in units of reward
+
+
+def n_dialogues(policy: Policy, problems: Sequence[Problem], n: int) -> list[Dialogue]:
+    """n dialogues about each problem, still to be played. (The ids are copied: they will grow.)"""
+    return [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in range(n)]
 
 
 def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run) -> list[Dialogue]:
     """The reference's N dialogues about each problem. They take long, so they are played in parts,
     behind a progress bar (`rollouts`), and the run keeps each part as it comes; those that it has
     already, after a kill or by --v-star, are not played again."""
-    numbers = range(config.num_samples)
-    # The ids are copied, as a dialogue appends to its own.
-    wanted = [Dialogue(p, [*ref.prompt_ids(p)], i) for p in problems for i in numbers]
+    wanted = n_dialogues(ref, problems, config.num_samples)
     dialogues = run.stage_one_so_far(wanted)
     for part in rollouts(ref, wanted[len(dialogues) :], config, 0, "stage 1, V*"):
         run.keep(part)
@@ -999,13 +996,11 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 # Dialogues as in training, but on problems that were never trained on, greedily (temperature 0)
 # unless `eval --temperature` says otherwise. Accuracy is measured twice: acc_t1 of the first
 # attempt, acc_final of the last one. The difference is what checking was worth. A verifier that
-# always says "correct" is right as often as the solver is, so we do not look at its accuracy alone
-# but at the
-# *balanced* one: the mean of how often it is right about right attempts and about wrong ones. A
-# coin has 0.5, and so has any constant verdict. A trained policy makes few mistakes, and its own
+# always says "correct" is right as often as the solver is, so we look at its *balanced* accuracy: the
+# mean of how often it is right about right attempts and about wrong ones. A coin has 0.5, and so has
+# any constant verdict. A trained policy makes few mistakes, and its own
 # attempts leave little to be judged; so the verify turn is also scored on a fixed pool that lies
 # beside the data: attempts of the shipped base, half of them right, half wrong (`evaluate_pool`).
-# `summarize` counts, and says how sure the numbers are.
 
 Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
 
@@ -1013,7 +1008,7 @@ Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they
 def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config) -> Evaluation:
     """Dialogues about held-out problems, K of each unless greedy."""
     k = config.samples if config.temperature > 0 else 1
-    wanted = [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in range(k)]
+    wanted = n_dialogues(policy, problems, k)
     if config.search:  # the first turn by best-first search, Part II
         find(policy, wanted, config)
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
@@ -1216,7 +1211,7 @@ def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> tor
     places = [np.linspace(*end, PLACES, axis=1).astype(int) for end in ends]
     texts = [d.ids for d in dialogues]
     x = torch.cat(think(ref, texts, config, lambda i, s: s[places[i]]))  # (turns, PLACES, width)
-    right = [reward for d in dialogues for reward in dialogue_rewards(*d.results(), alpha=0)]
+    right = [reward for d in dialogues for reward in d.rewards(alpha=0)]
     y = torch.tensor(right, device=x.device)[:, None].expand(-1, PLACES)
     held = torch.tensor([order[d.problem] % 5 == 0 for d, _ in turns], device=x.device)
     torch.manual_seed(config.seed)
@@ -1330,8 +1325,7 @@ def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
     dialogue by best-first search. Further turns are played as always."""
     problems = load_problems(policy, config, "train")
     drawn = dataclasses.replace(config, temperature=1.0, top_p=1.0, revisions=0)
-    numbers = range(config.num_samples)
-    wanted = [Dialogue(p, [*policy.prompt_ids(p)], i) for p in problems for i in numbers]
+    wanted = n_dialogues(policy, problems, config.num_samples)
     played = [d for part in rollouts(policy, wanted, drawn, 0, "stage 1") for d in part]
     value, head = fit_value(policy, played, config), policy.model.get_output_embeddings()
 
@@ -1353,10 +1347,13 @@ def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
 # little to gain by it: the README says what each did to length and accuracy.
 
 
-def shaping(turn: Turn, config: Config) -> float:
-    """What a turn is paid besides. The price counts tokens beyond half of --max-new-tokens."""
-    over = max(0, turn.end - turn.start - config.max_new_tokens // 2)
-    return config.format_reward * (turn.answer is not None) - config.length_penalty * over
+def pay(dialogue: Dialogue, config: Config) -> None:
+    """Give each turn its reward, and what is paid besides. The price counts the tokens beyond half
+    of --max-new-tokens."""
+    for turn, reward in zip(dialogue.turns, dialogue.rewards(config.alpha)):
+        over = max(0, turn.end - turn.start - config.max_new_tokens // 2)
+        bonus = config.format_reward * (turn.answer is not None)
+        turn.reward = reward + bonus - config.length_penalty * over
 
 
 # ==================================================================================================
@@ -1421,6 +1418,8 @@ def check_options(config: Config, command: str) -> Config:
         raise UsageError(f"--v-star {config.v_star}: no such file")
     if config.log_to != "none" and not importlib.util.find_spec(config.log_to):
         raise UsageError(f"--log-to {config.log_to}: pip install {config.log_to}")
+    if config.batch_size % config.group:
+        raise UsageError(f"--batch-size must be a multiple of --group {config.group}")
     if command == "train" and config.temperature == 0:
         raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
     if config.parallel == "fsdp" and config.lora:
@@ -2474,7 +2473,7 @@ def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> list
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def compare(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, Any]:
+def paired(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, Any]:
     """Is the first model better than the second on the same problems? For both ACCURACIES the
     paired difference with its interval, the problems on which one beats the other, and McNemar's
     exact p: how often a fair coin would split these problems at least as unevenly."""
@@ -2604,7 +2603,10 @@ def plot(folders: Sequence[Path], out: Path) -> None:
         draw_curves(second, groups, "kl", COLOURS[3])
         second.set_ylabel("KL to the reference\n(nats a turn, red)")
         shades = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.1, len(v_star)))
-        axes[5].hist([*v_star.values()], range=(0, 1), stacked=True, color=shades, label=[*v_star])
+        if v_star:  # else there was no stage 1
+            axes[5].hist(
+                [*v_star.values()], range=(0, 1), stacked=True, color=shades, label=[*v_star]
+            )
         axes[5].set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
         axes[5].legend(title="level")
         if len(groups) > 1:
@@ -2734,7 +2736,7 @@ class Run(contextlib.AbstractContextManager):
         write_rows(self.stage_one, [self.mark, *rows])
         done = [to_dialogue(row) for row in rows]
         for dialogue in done:
-            dialogue.pay(self.config)
+            pay(dialogue, self.config)
         return done
 
     def keep(self, dialogues: Sequence[Dialogue]) -> None:
@@ -3136,7 +3138,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     summary, dialogues = evaluate_policy(policy, problems, config)
     if config.compare:
         _, theirs = evaluate_policy(other, problems, config)
-        summary["compare"] = {"with": config.compare, **compare(dialogues, theirs)}
+        summary["compare"] = {"with": config.compare, **paired(dialogues, theirs)}
     write_rows(folder / "eval_results.jsonl", dialogues)
     write_rows(folder / "eval_summary.json", [{"model": config.model, **summary}], indent=2)
     report_evaluation(summary)

@@ -948,7 +948,7 @@ def dialogue(index: int, correct: list[bool], verdicts: list[bool | None]) -> A.
         if k + 1 < len(correct):
             turns.append(A.Turn("revise", 0, 0, "", True, correct=correct[k + 1]))
     made = A.Dialogue(A.Problem(index, "", "1"), [], turns=turns)
-    made.pay(alpha=1.0)
+    A.pay(made, A.Config())
     return made
 
 
@@ -1108,6 +1108,175 @@ def test_training_raises_the_reward(tmp_path):
     assert summary["after"]["acc_t1"] > summary["before"]["acc_t1"] + 0.2
     rewards = [m["reward_solve"] for m in read_lines(tmp_path / "run" / "metrics.jsonl")]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
+
+
+# --- The neighbours -------------------------------------------------------------------------------
+
+
+def evidence(logp: Tensor, **more: Any) -> A.Evidence:
+    """Two turns of one and of two tokens; what is not given is nothing."""
+    zero = {name: torch.zeros(3) for name in ("old", "ref", "advantage")}
+    return A.Evidence(**{"turn": torch.tensor([0, 1, 1]), "logp": logp, **zero, **more})
+
+
+@given(st.lists(st.floats(-4, 0), min_size=6, max_size=6), st.floats(-1, 1), st.floats(-1, 1))
+def test_a_policy_gradient_with_a_squared_log_ratio_has_the_gradient_of_6(numbers, a, b):
+    logp = torch.tensor(numbers[:3], dtype=torch.float64, requires_grad=True)
+    ref, advantage = torch.tensor(numbers[3:], dtype=torch.float64), torch.tensor([a, b])
+    e = evidence(logp, ref=ref, advantage=advantage[[0, 1, 1]])
+    beta2 = A.Config().beta2
+    ours = A.astarpo_loss(e.sums(logp), e.sums(ref), advantage, torch.zeros(2), beta2) / (2 * beta2)
+    gradients = [torch.autograd.grad(x, logp)[0] for x in (ours, A.pg_loss(e, A.Config()))]
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_the_other_losses_by_hand():
+    logp, old = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.5, -2.0])
+    e = evidence(logp, old=old, ref=logp - 0.5, advantage=torch.tensor([1.0, 2.0, -1.0]))
+    up, down = math.exp(0.5), math.exp(-1)  # both outside of 0.8 .. 1.2; 0.8 is worse for A = -1
+    price = 1e-3 * (math.exp(-0.5) - 1 + 0.5)
+    tokens = [price - 1, price - min(up * 2, 1.2 * 2), price - min(-down, -0.8)]
+    entropy = [A.ENTROPY / 2 * x * x for x in (1, 2, 3)]
+    config = A.Config()
+    found = [loss(e, config).item() for loss in (A.grpo_loss, A.ppo_loss, A.awr_loss)]
+    grpo = (tokens[0] + (tokens[1] + tokens[2]) / 2) / 2
+    ppo = (sum(tokens) + sum(entropy)) / 2
+    assert found == pytest.approx([grpo, ppo, -(-1.0 + -4.0 + 3.0) / 2], rel=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(-1, 2), st.floats(0, 0.99))
+def test_gae_is_the_mean_of_all_n_step_advantages(values, reward, lam):
+    """A^(n) looks n tokens ahead; A = (1 - lam) * sum lam^(n-1) A^(n), the rest on the last."""
+    later = [*values[1:], reward]
+    for t, found in enumerate(A.gae(torch.tensor(values, dtype=torch.float64), reward, lam)):
+        steps = [v - values[t] for v in later[t:]]
+        weights = [(1 - lam) * lam**n for n in range(len(steps) - 1)]
+        weights.append(1 - sum(weights))
+        assert found.item() == pytest.approx(float(np.dot(steps, weights)), abs=1e-9)
+
+
+@given(st.integers(1, 8), st.integers(0, 8), st.floats(0.05, 5))
+def test_the_soft_value_is_the_v_star_of_rewards_0_and_1(right, wrong, beta):
+    rewards = torch.tensor([1.0] * right + [0.0] * wrong)
+    found = A.soft_value(rewards.mean().double().logit(), beta).item()
+    assert found == pytest.approx(A.estimate_v_star(rewards, beta).item(), abs=1e-5)
+
+
+class Tabular:
+    """A policy over the tokens 0, 1, 2 and 3, which ends, at most three of them; all is known."""
+
+    def __init__(self, seed: int, beta: float) -> None:
+        self.rng, self.beta, self.looked = np.random.default_rng(seed), beta, 0
+        self.logps: dict[tuple[int, ...], np.ndarray] = {}
+        self.soft: dict[tuple[int, ...], float] = {}  # V* / beta
+        self.score: dict[tuple[int, ...], float] = {}  # log pi* of whole responses, but for V*(x)
+        self.fill((), 0.0)
+
+    def fill(self, prefix: tuple[int, ...], logp: float) -> float:
+        p = self.rng.dirichlet(np.full(4, 0.5)) + 1e-9
+        self.logps[prefix] = np.log(p / p.sum())
+        if prefix[-1:] == (3,) or len(prefix) == 3:
+            self.soft[prefix] = self.rng.integers(2) / self.beta
+            self.score[prefix] = logp + self.soft[prefix]
+        else:
+            parts = [
+                q + self.fill((*prefix, y), logp + q) for y, q in enumerate(self.logps[prefix])
+            ]
+            self.soft[prefix] = float(np.logaddexp.reduce(parts))
+        return self.soft[prefix]
+
+    def look(self, texts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        self.looked += len(texts)
+        logps = torch.tensor(np.array([self.logps[tuple(text)] for text in texts]))
+        ranked = logps.sort(descending=True)
+        return ranked.indices, ranked.values, torch.tensor([self.soft[tuple(t)] for t in texts])
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 3))
+def test_with_the_exact_value_search_finds_the_likeliest_response_of_the_best_policy(seed, beta):
+    world = Tabular(seed, beta)
+    config = A.Config(search=100, max_new_tokens=3)
+    found = A.best_first(world.look, [[]], [3], config)[0]
+    assert world.score[tuple(found)] == pytest.approx(max(world.score.values()), abs=1e-9)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 3))
+def test_search_opens_no_more_than_it_may_and_answers_all_the_same(seed, most, n):
+    world = Tabular(seed, 0.5)
+    found = A.best_first(world.look, [[]] * n, [3], A.Config(search=most, max_new_tokens=3))
+    assert world.looked <= n * (1 + 4 * most) and all(1 <= len(y) <= 3 for y in found)
+
+
+def test_what_is_looked_up_before_a_batch(base, problems):
+    """GRPO's advantages are normalised in group and role, AWR's weights sum to their number, without
+    stage 1 the baseline is the role's mean; and a second update knows what pi was."""
+    asked = [p for p in problems[:4] for _ in range(4)]
+    config = A.Config(temperature=1.0, num_samples=0, loss="grpo", minibatches=2)
+    fresh = [A.Dialogue(p, [*base.prompt_ids(p)], i) for i, p in enumerate(asked)]
+    dialogues = A.rollout(base, fresh, config, 1)
+    learner = A.Learner(base, base, {}, None)
+    A.look_ahead(learner, dialogues, config)
+    solve = [learner.notes[id(d.turns[0])] for d in dialogues]
+    advantage = np.array([note[0][0].item() for note in solve]).reshape(4, 4)
+    assert np.allclose(advantage.mean(1), 0, atol=1e-5)
+    assert all(std == pytest.approx(1, abs=0.01) or std == 0 for std in advantage.std(1))
+    first = A.collate(dialogues[:1], learner.v_star, base.device)
+    exact = A.token_logps(base, first.ids, first.scored)
+    noted = torch.cat([learner.notes[id(turn)][1] for turn in dialogues[0].turns])
+    assert torch.allclose(noted, exact, atol=1e-5)
+    rate = np.mean([d.turns[0].correct for d in dialogues])
+    assert learner.v_star[asked[0].index, "solve"] == pytest.approx(rate)
+    A.look_ahead(learner, dialogues, dataclasses.replace(config, loss="awr"))
+    turns = [turn for d in dialogues for turn in d.turns]
+    weights = [learner.notes[id(turn)][0][0].item() for turn in turns]
+    assert sum(weights) == pytest.approx(len(turns), rel=1e-4) and min(weights) > 0
+
+
+def test_a_learned_value_knows_more_at_the_end_than_at_the_prompt(base, capsys):
+    config = A.Config(temperature=1.0, revisions=0, train_limit=64)
+    asked = A.n_dialogues(base, A.load_problems(base, config, "train"), 8)
+    A.fit_value(base, A.rollout(base, asked, config, 0), config)
+    first, last = (float(x) for x in re.findall(r"([\d.]+) at the", capsys.readouterr().out))
+    assert 0.6 < first < last <= 1
+
+
+def test_a_bonus_and_a_price_are_paid_besides():
+    made = dialogue(0, [False, True], [False])
+    config = A.Config(format_reward=0.5, length_penalty=0.1, max_new_tokens=2)  # above 1 token
+    made.turns[0].answer, made.turns[1].end = "7", made.turns[1].start + 4
+    plain = [turn.reward for turn in made.turns]
+    A.pay(made, config)
+    over = [max(0, turn.end - turn.start - 1) for turn in made.turns]
+    bonus = [0.5 * (turn.answer is not None) for turn in made.turns]
+    expected = [r + b - 0.1 * n for r, b, n in zip(plain, bonus, over)]
+    assert [turn.reward for turn in made.turns] == pytest.approx(expected)
+    assert plain == [0.0, 1.0, 2.0] and over[1] == 3 and bonus[0] == 0.5
+
+
+NEIGHBOURS = {
+    "pg": {"loss": "pg", "num_samples": 0},
+    "grpo": {"loss": "grpo", "num_samples": 0, "group": 4, "minibatches": 2},
+    "ppo": {"loss": "ppo", "minibatches": 2},
+    "awr": {"loss": "awr"},
+    "value": {"baseline": "value"},
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_each_neighbour_trains(name, tmp_path):
+    config = quick(out=str(tmp_path / "run"), steps=1, eval_limit=4, **NEIGHBOURS[name])
+    A.train(config)
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
+
+
+def test_eval_finds_answers_by_search(tmp_path, capsys):
+    options = "--model data/base --search 30 --beta1 0.1 --eval-limit 20 --revisions 0".split()
+    assert A.main(["eval", *options, "--num-samples", "4", "--out", str(tmp_path / "found")]) == 0
+    told = capsys.readouterr().out
+    assert 1 <= float(re.search(r"search: ([\d.]+) prefixes", told)[1]) <= 30
+    summary = json.loads((tmp_path / "found" / "eval_summary.json").read_text())
+    assert summary["acc_t1"] > 0.5  # the base itself has 0.3
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -2040,7 +2209,7 @@ def solved(*right: bool) -> list[A.Dialogue]:
 def test_a_comparison_asks_how_often_a_coin_would_be_as_uneven(better, worse):
     both = [True, False] * 5  # these do not say which is better
     ours = solved(*both, *[True] * better, *[False] * worse)
-    found = A.compare(ours, solved(*both, *[False] * better, *[True] * worse))["acc_t1"]
+    found = A.paired(ours, solved(*both, *[False] * better, *[True] * worse))["acc_t1"]
     n = better + worse
     flips = itertools.product((0, 1), repeat=n)
     uneven = sum(abs(2 * sum(flip) - n) >= abs(better - worse) for flip in flips)
