@@ -1184,10 +1184,7 @@ def soft_value(logit: Tensor, beta: float) -> Tensor:
 
 @torch.no_grad()
 def think(
-    policy: Policy,
-    texts: Sequence[list[int]],
-    config: Config,
-    keep: Callable[[int, Tensor], Tensor],
+    policy: Policy, texts: list[list[int]], config: Config, keep: Callable[[int, Tensor], Tensor]
 ) -> list[Tensor]:
     """What keep(i, states) makes of the hidden states (T, width) after each token of text i."""
     kept: dict[int, Tensor] = {}
@@ -1201,10 +1198,10 @@ def think(
 
 
 def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> torch.nn.Module:
-    """Fit p to the reference's dialogues, and print how good it is on the problems held out. Returns
-    the logit of p as a function of hidden states: (..., width) -> (...)."""
-    order = {problem: i for i, problem in enumerate(dict.fromkeys(d.problem for d in dialogues))}
-    if len(order) < 5:
+    """Fit p to the reference's dialogues. Returns its logit as a function of hidden states:
+    (..., width) -> (...). Prints how good it is at solve turns of the problems held out, as a guess
+    (AUC) and, as V*, for a baseline (R^2: the share of the reward's variance that it takes away)."""
+    if len({d.problem.index % 5 == 0 for d in dialogues}) < 2:
         raise UsageError("a learned value needs stage 1 (--num-samples) on five problems or more")
     turns = [(d, turn) for d in dialogues for turn in d.turns]
     ends = [np.array([(t.start - 1, t.end - 1) for t in d.turns]).T for d in dialogues]
@@ -1213,7 +1210,7 @@ def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> tor
     x = torch.cat(think(ref, texts, config, lambda i, s: s[places[i]]))  # (turns, PLACES, width)
     right = [reward for d in dialogues for reward in d.rewards(alpha=0)]
     y = torch.tensor(right, device=x.device)[:, None].expand(-1, PLACES)
-    held = torch.tensor([order[d.problem] % 5 == 0 for d, _ in turns], device=x.device)
+    held = torch.tensor([d.problem.index % 5 == 0 for d, _ in turns], device=x.device)
     torch.manual_seed(config.seed)
     layers = (torch.nn.Linear(x.shape[2], 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
     value = torch.nn.Sequential(*layers, torch.nn.Flatten(-2)).to(x.device)
@@ -1234,10 +1231,7 @@ def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> tor
     logit, truth = value(x[judged]).detach(), y[judged, 0]
     first, last = (auc(logit[:, place], truth) for place in (0, -1))
     r2 = 1 - (truth - soft_value(logit[:, 0], config.beta1)).square().mean() / truth.var()
-    print(
-        f"learned value, held out: AUC {first:.2f} at the prompt, {last:.2f} at the end; ", end=""
-    )
-    print(f"R^2 as a baseline of solve {r2:.2f}")
+    print(f"learned value: AUC {first:.2f} at the prompt, {last:.2f} at the end, R^2 {r2:.2f}")
     return value
 
 
@@ -1269,10 +1263,10 @@ def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config)
 #   less than can still come (it is *admissible*), and f never rises along the way (*consistent*).
 # * So the first complete response at the head of the queue is the likeliest one of pi*.
 #
-# Search reads off, without training and at a price a problem, the policy that A*-PO trains. With the
-# mean p for h there is no such promise; with a fitted value, only the hope. One node is opened at a
-# time in each problem: who accepts a complete response that is only second in its queue accepts
-# blurting. (Training never searches: (6) speaks of what the policy drew itself; section 8.)
+# Search reads off, without training and at a price a problem, the policy that A*-PO trains; with a
+# fitted value there is only the hope. One node is opened at a time in each problem: who accepts a
+# complete response that is only second in its queue accepts blurting. (Training never searches: (6)
+# speaks of what the policy drew itself; section 8.)
 
 BRANCH, QUEUE = 4, 256  # tokens that are tried after a prefix, prefixes that are kept
 
@@ -1288,10 +1282,7 @@ class Prefix(NamedTuple):
 
 
 def best_first(
-    look: Callable[[list[list[int]]], tuple[Tensor, Tensor, Tensor]],
-    prompts: Sequence[list[int]],
-    ends: Sequence[int],
-    config: Config,
+    look: Callable[..., Any], prompts: list[list[int]], ends: Sequence[int], config: Config
 ) -> list[list[int]]:
     """For each prompt the first complete response at the head of its queue; after --search openings
     the best complete one in it, or what there is.
@@ -1336,20 +1327,18 @@ def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
             best = head(states).float().log_softmax(-1).topk(BRANCH)
         return best.indices, best.values, soft_value(value(states), config.beta1) / config.beta1
 
-    add_turns(
-        policy, dialogues, best_first(look, [d.ids for d in dialogues], policy.end_ids, config)
-    )
+    found = best_first(look, [d.ids for d in dialogues], policy.end_ids, config)
+    add_turns(policy, dialogues, found)
 
 
 # --- 15. Shaped rewards ---------------------------------------------------------------------------
-# Section 4's warning, to be tried: a bonus for an attempt whose answer can be read (--format-reward),
-# a price for long turns (--length-penalty). Whatever is paid for is what will be had; here there is
-# little to gain by it: the README says what each did to length and accuracy.
+# Section 4's warning, to be tried: whatever is paid for is what will be had. (What each of the two
+# options did to length and accuracy is in the README.)
 
 
 def pay(dialogue: Dialogue, config: Config) -> None:
-    """Give each turn its reward, and what is paid besides. The price counts the tokens beyond half
-    of --max-new-tokens."""
+    """Give each turn its reward, and what is paid besides: --format-reward for an answer that can be
+    read, less --length-penalty for each token beyond half of --max-new-tokens."""
     for turn, reward in zip(dialogue.turns, dialogue.rewards(config.alpha)):
         over = max(0, turn.end - turn.start - config.max_new_tokens // 2)
         bonus = config.format_reward * (turn.answer is not None)
