@@ -408,8 +408,7 @@ x > 3 | (3,\infty) | 3 < x | (3,+\infty) | x \in (3, \infty) ;; x \le 4 | (-\inf
     "words and units": r"""
 \begin{pmatrix}1\\2\end{pmatrix} | \mathbf{v} = \begin{pmatrix}1\\2\end{pmatrix} ;; 36 | 36\text{ points} | 36 \text{
 hrs} | 36 \text{ mL} | 36 \text{ children} ;; \text{A, C} | A and C ;; 60 | 60\text{ rad} | 60\text{ km/h} ;; 18 |
-18^\circ\text{C} | 18°C | 18^{\circ}\text{ F} ;; \begin{pmatrix}1&2\\3&4\end{pmatrix} |
-\left[\begin{array}{cc}1&2\\3&4\end{array}\right] | (\begin{matrix}1&2\\3&4\end{matrix}) ;; 42 | 42. | $42$ | \(42\) |
+18^\circ\text{C} | 18°C | 18^{\circ}\text{ F} ;; 42 | 42. | $42$ | \(42\) |
 42.0 ;; 10 | 10\% | 10\text{ units} | 10^\circ | 10^{\circ} ;; 34 | 34\text{ sq. units} | 34\text{ cm}^{2} ;; x<1 or
 x>2 | (-\infty,1)\cup(2,\infty) | x > 2 \text{ or } x < 1 ;; 1,2 | 2,1 | 1 and 2 | 1 \text{ and } 2 | \{1,2\} ;; 2, 3,
 \text{ and } 4 | 2,3,4 | 4, 3 and 2 | \{2,3,4\} ;; -2 \text{ or } -12 | -2, -12 ;; 1 \pm \sqrt{19} | 1+\sqrt{19},
@@ -438,7 +437,7 @@ degrees | 90 \text{ degrees} ;; 2x \ge 4 | x \ge 2 ;; “42” | 42 ;; "42" | 42
 \frac{1}{3\sqrt[3]{2}} | \frac{4^{1/3}}{6} ;; 2\pi | \pi \cdot 2 | 2π | 2 pi | \frac{4\pi}{2} ;; \frac{9}{4}\pi |
 \frac{9\pi}{4} | 2.25\pi ;; 1+\cos\pi | 0 | \sqrt2\sqrt2-2 ;; e^{i\pi} | -1 | i^2 | \cos\pi ;; e^2 | e \cdot e ;; \ln 8
 | 3\ln 2 | \ln(8) | 3 \ln{2} ;; \log 100 | 2 ;; \tan 15^\circ | 2-\sqrt3 | \tan\frac{\pi}{12} ;; 6+9i | 9i+6 | 3(2+3i)
-;; \frac{1}{1+i} | \frac{1-i}{2} | \frac12-\frac{i}{2} ;; \sqrt{-4} | 2i ;; 2^{4950} | 4^{2475} | 2 \cdot 2^{4949} ;;
+;; \frac{1}{1+i} | \frac{1-i}{2} | \frac12-\frac{i}{2} ;; \sqrt{-4} | 2i ;; 2^{4950} | 2^{ 4950} ;; 2^{125} | 4^{62} \cdot 2 ;;
 -37_8 | -37_{8} ;; 3:5 | 3 : 5 ;; 2007 + \frac\pi 2 | 2007+\pi/2 ;; 1\frac{4}{5} | 9/5 | 1.8 | 1 4/5 ;; 66.(3) | 199/3
 ;; 0.1(6) | 1/6
 """,
@@ -554,7 +553,8 @@ feet, 3 inches | 3 feet, 5 inches | 3, 5 ;; 2pqrs | 2 ;; \frac13 ml^2 | \frac13 
     "forms that we leave out, an honest False": r"""
 2 | x = 1+1 = 2 | 1+1 = 2 ;; 120 | 5! | \binom{10}{3} ;; (4,\infty) | \{x \mid x > 4\} ;; x=1,y=2; x=3,y=4 | x=3,y=4;
 x=1,y=2 ;; \arctan 1 | \tan^{-1} 1 ;; 1000 | 1 000 ;; 12 | 12^{\mathrm{th}} ;; 10:15 AM | 10:15 \text{ a.m.} ;; x \ne 0
-| \mathbb R \setminus \{0\} ;; E | E: the fifth option ;; 42 | C. 42 ;; [0,2] | [0,1] \cup [1,2]
+| \mathbb R \setminus \{0\} ;; E | E: the fifth option ;; 42 | C. 42 ;; [0,2] | [0,1] \cup [1,2] ;; 2^{4950} | 4^{2475}
+;; \begin{pmatrix}1\\3\end{pmatrix} | \left[\begin{array}{c}1\\3\end{array}\right]
 """,
 }
 
