@@ -251,15 +251,13 @@ class Problem:
 
 
 # --- 3. Answers: what did the model say, and is it what the book says? ----------------------------
-# The reward is 1 when the final answer of a sample means the same as the gold answer, else 0. The
-# two possible mistakes do not weigh the same. A false reject wastes one sample. A false accept pays
-# for something wrong, and a policy that finds such a leak soon does nothing else. So wherever we do
-# not understand a text, or would have to choose between two readings (is 1/2x the half of x?), the
-# answer is an honest False.
+# The reward is 1 when the final answer of a sample means the same as the gold answer, else 0. A
+# false reject wastes one sample. A false accept pays for something wrong, and a policy that finds
+# such a leak soon does nothing else. So wherever we do not understand a text, or would have to
+# choose between two readings (is 1/2x the half of x?), the answer is an honest False.
 #
-# Two steps: find the answer (`extract_answer`), compare it (`is_equiv`). Model output is hostile
-# text, so limits bound every loop: whatever the text, a comparison takes milliseconds, without
-# eval, timer or thread. What is read, and how it is compared, is in Part II, C.
+# Two steps: find the answer, compare it (Part II, C). Model output is hostile text, so limits bound
+# every loop: whatever the text, a comparison takes milliseconds, without eval, timer or thread.
 
 MAX_ANSWER = 2_000  # characters; the longest gold in MATH has about 160
 MAX_TAIL = 20_000  # characters at the end in which the answer is looked for
@@ -1514,8 +1512,7 @@ SPELLING = table(r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \B
     ¦ ± \pm ¦ ∓ \mp ¦ ∪ \cup ¦ ∈ \in ¦ ∞ \infty ¦ π \pi ¦ √ \surd ¦ ¶ \\ ¦ , 、 ¦ . 。 ¦ : \colon
     ¦ ( \langle ⟨ ¦ ) \rangle ⟩ ¦ \{ \lbrace ¦ \} \rbrace ¦ | \vert \lvert \rvert \mid
     ¦ \{␣\} \emptyset \varnothing ∅ ¦ ⟦ \beginpmatrix \beginbmatrix ¦ ⟧ \endpmatrix \endbmatrix
-    ¦ … \ldots \dots ...
-    ¦ (␣-␣∞␣,␣∞␣) ℝ \mathbbR ¦ \frac \dfrac \tfrac \cfrac ¦ \frac␣12 ½ ¦ \frac␣13 ⅓ ¦ \frac␣23 ⅔
+    ¦ … \ldots \dots ... ¦ (␣-␣∞␣,␣∞␣) ℝ \mathbbR ¦ \frac \dfrac \tfrac \cfrac ¦ \frac␣12 ½ ¦ \frac␣13 ⅓ ¦ \frac␣23 ⅔
     ¦ \frac␣14 ¼ ¦ \frac␣34 ¾ ¦ ^␣2 ² ¦ ^␣3 ³ ¦ \theta θ ¦ "%" % \% ¦ "$" \$ ¦ "¢" ¢ ¦ "€" € ¦ "£" £
     ¦ "°" ° ^\circ ^° \degree""")
 FUNCTIONS = {r"\tg": MP.tan, r"\lg": MP.log10, r"\log": MP.log10, r"\abs": abs} | {
@@ -1525,12 +1522,11 @@ FUNCTIONS = {r"\tg": MP.tan, r"\lg": MP.log10, r"\log": MP.log10, r"\abs": abs} 
 SPOKEN = {name[1:]: name for name in [*FUNCTIONS, r"\sqrt"]}
 SPOKEN |= {"pi": "π", "infinity": "∞", "and": "∧", "or": "∨", "yes": '"yes"', "no": '"no"'}
 UNITS = table("""% percent percentage pct ¦ ° degree deg ¦ C celsius ¦ F fahrenheit ¦ $ dollar usd
-    ¦ ¢ cent ¦ € euro ¦ £ ¦ lb pound ¦ oz ounce ¦ ton ¦ g gram ¦ mg ¦ kg kilogram ¦ mm
-    ¦ cm centimeter centimetre ¦ m meter metre ¦ km kilometer kilometre ¦ in inch inche
-    ¦ ft foot feet ¦ yd yard ¦ mi mile ¦ mph ¦ acre ¦ L l liter litre ¦ mL ¦ gal gallon
-    ¦ s sec second ¦ min minute ¦ h hr hour ¦ day ¦ week ¦ month ¦ yr year ¦ rad radian ¦ unit
-    ¦ point ¦ people ¦ men ¦ adult ¦ women ¦ children ¦ student ¦ way ¦ piece ¦ box boxe ¦ value
-    ¦ dog ¦ apple ¦ ^2 square sq ¦ ^3 cubic ¦ / per""")
+    ¦ ¢ cent ¦ € euro ¦ £ ¦ lb pound ¦ oz ounce ¦ g gram ¦ kg kilogram ¦ mm ¦ cm centimeter
+    ¦ m meter ¦ km kilometer ¦ in inch inche ¦ ft foot feet ¦ yd yard ¦ mi mile ¦ mph ¦ acre
+    ¦ L liter ¦ mL ¦ gallon ¦ s sec second ¦ min minute ¦ h hr hour ¦ day ¦ week ¦ month ¦ yr year
+    ¦ rad radian ¦ unit ¦ point ¦ people ¦ children ¦ student ¦ way ¦ value ¦ dog
+    ¦ ^2 square sq ¦ ^3 cubic ¦ / per""")
 UNITS |= {word + "s": name for word, name in UNITS.items() if len(word) > 1}
 REWRITES = [  # of the text,
     (r"(?a)(?<=\d)(?:\s*\{\s*,\s*\}|,\\!|\\[,;: ](?!\d+/))\s*(?=\d{3}(?!\d))", ""),  # 10{,}000
@@ -1552,6 +1548,12 @@ AFTERWARDS = [  # and of its tokens
     (r"^([^≈]*[\d}π]) ≈ [\d.]+$", r"\1"),  # \sqrt2 ≈ 1.41 is its exact side
     (r"\^ \{ (\d) \}", r"^ \1"),  # cm^{2}
     ("¶ ⟧", "⟧"),
+    (r"(\\frac|\\sqrt) (\d)(?=\d)", r"\1 \2 "),  # \frac12 and \sqrt23 take one digit, as TeX does,
+    (r"(\\frac (?:[^{ ]+|\{(?:[^{}]|\{[^{}]*\})*\})) (?=\d\d)", r"\1 ? "),  # but not \frac{1}23
+    (  # 2\frac13 is two and a third; 2\frac73 has two readings
+        r"(?<!\S)(?<![\w.)}^] )(\d+) (\\frac (?:\{ (\d+) \} \{ (\d+) \}|(\d) (\d)(?!\d)))",
+        lambda m: f"( {m[1]} + {m[2]} )" if int(m[3] or m[5]) < int(m[4] or m[6]) else "?",
+    ),
 ]
 TOKEN = re.compile(
     r"""(?xa)
@@ -1641,12 +1643,6 @@ LABEL = re.compile(  # f(x) =, (x,y) =, a_n =, |AB| =, "Area" =, m+n =; x = is f
 )
 
 
-def power(x: Any, y: Any) -> Any:
-    if not x and y <= 0:
-        raise ZeroDivisionError  # 0^0, too
-    return x**y
-
-
 def root(n: Any, x: Any) -> Any:
     """Take the real root if there is one."""
     return -((-x) ** (1 / n)) if n % 2 == 1 and not x.imag and x < 0 else x ** (1 / n)
@@ -1682,7 +1678,7 @@ class Comparison:
         except (ArithmeticError, ValueError, TypeError, AttributeError):  # 1/0, or a number is None
             return None
         # What is left of a difference is nothing; a product that small is only out of reach.
-        lost = x and not any(parts) and operation in (pos, mul, truediv, power, root, MP.exp)
+        lost = x and not any(parts) and operation in (pos, mul, truediv, pow, root, MP.exp)
         if lost or any(part and not abs(MP.mag(part)) <= MAX_SIZE for part in parts):
             return None
         return MP.mpc(*parts) if parts[1] else parts[0]
@@ -1810,25 +1806,12 @@ class Comparison:
         signs = ""
         while sign := self.take("[-+]"):
             signs += sign
-        whole, node = self.sees("[0-9]+"), self.atom()
+        node = self.atom()
         if node.tag == "∞":
             return Node("words", (signs or "+") + "∞")
-        if powers and whole and self.sees(r"\\frac"):
-            before, part = self.tokens[:], self.atom()
-            mixed = re.fullmatch("[0-9{}]+", "".join(before[len(self.tokens) : -1]))
-            if mixed and not 0 < (part.parts[0] or 1) < 1:
-                raise Unsure(r"2\frac73 has two readings")
-            node = self.each(add if mixed else mul, node, part)  # 2\frac{1}{3}, 2\frac{x}{3}
         if powers and self.take(r"\^"):
-            node = self.each(power, node, self.factor(powers=False))
+            node = self.each(pow, node, self.factor(powers=False))
         return self.each(neg, node) if signs.count("-") % 2 else node
-
-    def argument(self) -> Node:
-        r"""Read what \frac or \sqrt is of: of several digits the first, as TeX does."""
-        digits = self.tokens[-1]
-        if digits[1:].isdecimal():
-            self.tokens[-1:] = [digits[1:], digits[0]]
-        return self.factor(powers=False)
 
     def atom(self) -> Node:
         token = self.tokens.pop()
@@ -1838,12 +1821,11 @@ class Comparison:
         if token in FUNCTIONS:
             return self.call(token)
         if token == r"\frac":
-            return self.each(truediv, self.argument(), self.argument())
+            return self.each(truediv, self.factor(powers=False), self.factor(powers=False))
         if token in ("√", r"\sqrt"):
             degree = self.read(SUM) if self.take(r"\[") else self.constant(2)
             self.take("]")
-            x = self.argument() if token != "√" else self.factor(powers=False)
-            return self.each(root, degree, x)
+            return self.each(root, degree, self.factor(powers=False))
         if token in ("π", "e", "i"):
             return self.constant({"π": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}[token])
         if re.fullmatch('"..+"|∞', token):
@@ -1873,7 +1855,7 @@ class Comparison:
 
     def call(self, name: str) -> Node:
         r"""Read \sin^2 3x or \log_2(8); a bare argument runs on while factors are juxtaposed."""
-        base = [self.argument()] if name == r"\log" and self.take("_") else []
+        base = [self.factor(powers=False)] if name == r"\log" and self.take("_") else []
         exponent = self.factor(powers=False) if self.take(r"\^") else self.constant(1)
         bracket = self.tokens[-1] in ("(", "{")
         x = self.atom() if bracket else self.factor()
@@ -1883,7 +1865,7 @@ class Comparison:
             x = self.each(MP.radians, x.parts[0] if x.kind == "unit" else x)
         if exponent.parts[0] not in range(1, 10) or self.sees(r"\^" if bracket else r"\^|/"):
             raise Unsure("sin^{-1} x, sin(x)^2 and sin x/2 have two readings")
-        return self.each(power, self.each(MP.log if base else FUNCTIONS[name], x, *base), exponent)
+        return self.each(pow, self.each(MP.log if base else FUNCTIONS[name], x, *base), exponent)
 
     def listed(self, items: tuple[Node, ...], signs: str) -> Node:
         """Make a set of what ',' and 'or' separate."""
