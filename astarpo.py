@@ -123,7 +123,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from fractions import Fraction
 from numbers import Real
 from operator import add, mul, neg, pos, sub, truediv
 from pathlib import Path
@@ -1464,17 +1463,17 @@ BOX = re.compile(  # \boxed{5}, \framebox[3cm]{5} or \boxed 5; a bare \boxed is 
     r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[\w*\]\s*)?"
     rf"(?:\{{\s*({INSIDE})\}}|([-+]?\.?\d(?:[^\s$.,;]|[.,](?=\d))*)|\{{(?s:.*))"
 )
-# What a prompt says, and its echo: 'put the answer within \boxed{}'.
-ECHO = re.compile(r"\b(?:in|into|with|within|inside)(?: an?| the)?[\s$`]*\\boxed\{\s*\}")
+ECHO = re.compile(r"\b(?:in|into|within|inside)(?: an?| the)?[\s$`]*\\boxed\{\s*\}")
 NAMED = r"(?:[A-Za-z](?:_\w)?\s*=\s*)"
 BETWEEN = re.compile(  # what joins boxes to one answer: x=\boxed{2} or x=\boxed{3}
-    rf"(?s)(?=.*(?:,|and|or))(?:[\s,${{}}]|\\[()\[\] ,;]|\\(?:quad|text)\b|\b(?:and|or)\b|{NAMED})*+"
+    r"(?s)(?=.*(?:,|and|or))(?:[\s,${}]|\\[()\[\] ,;]|\\(?:quad|text)\b|\b(?:and|or)\b"
+    rf"|{NAMED})*+"
 )
-# What makes a box a part of something: -\boxed{5}, 2\boxed{5}, \boxed{5}x, \boxed{5} + 1. ('88 = 2 *'
-# before a box does not: so our own base writes the last step of an equation.)
+# What makes a box a part of something: -\boxed{5}, 2\boxed{5}, \boxed{5}x, \boxed{5} + 1. (A plain *
+# before it does not: '88 = 2 * \boxed{44}' is how our own base ends.)
 BEFORE = re.compile(
-    r"(?:(?:(?<!\n)[-+/^_±]|\}\{|(?<!answer)(?<![-=])[<>]|\\(?:pm|mp|cdot|times|div|neq?|[lg]eq?|[lg]t"
-    r"|[dt]?frac|sqrt)\b)\s*\{?\s*|[-+±]|[\d)]\}?|(?<![\\a-zA-Z])[a-zA-Z]+|\bnot\W+)\Z"
+    r"(?:(?:(?<!\n)[-+/^_±]|\}\{|(?<!answer)(?<![-=])[<>]|\\(?:pm|mp|cdot|times|div|neq?|[lg]eq?"
+    r"|[lg]t|[dt]?frac|sqrt)\b)\s*\{?\s*|[-+±]|[\d)]\}?|(?<![\\a-zA-Z])[a-zA-Z]+|\bnot\W+)\Z"
 )
 AFTER = re.compile(
     r"\s*(?:[-+*/:]\s*(?:\d|[b-z]\b)|\^(?!\s*\{?\s*\\circ)|\\(?:cdot|times|div|pm|d?frac|sqrt)\b)"
@@ -1511,8 +1510,8 @@ SPELLING = table(r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \B
     ¦ ≤ \le \leq \leqslant <= ¦ ≥ \ge \geq \geqslant >= ¦ < \lt ¦ > \gt ¦ ≠ \ne \neq != ¦ ≈ \approx
     ¦ ± \pm ¦ ∓ \mp ¦ ∪ \cup ¦ ∈ \in ¦ ∞ \infty ¦ π \pi ¦ √ \surd ¦ ¶ \\ ¦ , 、 ¦ . 。 ¦ : \colon
     ¦ ( \langle ⟨ ¦ ) \rangle ⟩ ¦ \{ \lbrace ¦ \} \rbrace ¦ | \vert \lvert \rvert \mid
-    ¦ \{␣\} \emptyset \varnothing ∅ ¦ ⟦ \beginpmatrix \beginbmatrix ¦ ⟧ \endpmatrix \endbmatrix
-    ¦ … \ldots \dots ... ¦ (␣-␣∞␣,␣∞␣) ℝ \mathbbR ¦ \frac \dfrac \tfrac \cfrac ¦ \frac␣12 ½ ¦ \frac␣13 ⅓ ¦ \frac␣23 ⅔
+    ¦ \{␣\} \emptyset \varnothing ∅ ¦ ⟦ \beginpmatrix \beginbmatrix
+    ¦ ⟧ \endpmatrix \endbmatrix ¦ … \ldots ... ¦ (␣-␣∞␣,␣∞␣) ℝ \mathbbR ¦ \frac \dfrac \tfrac \cfrac ¦ \frac␣12 ½ ¦ \frac␣13 ⅓ ¦ \frac␣23 ⅔
     ¦ \frac␣14 ¼ ¦ \frac␣34 ¾ ¦ ^␣2 ² ¦ ^␣3 ³ ¦ \theta θ ¦ "%" % \% ¦ "$" \$ ¦ "¢" ¢ ¦ "€" € ¦ "£" £
     ¦ "°" ° ^\circ ^° \degree""")
 FUNCTIONS = {r"\tg": MP.tan, r"\lg": MP.log10, r"\log": MP.log10, r"\abs": abs} | {
@@ -1536,6 +1535,10 @@ REWRITES = [  # of the text,
     ),
     (r"(?a)(?<![\w.])(\d+)\s+([1-9]\d*)/(\d+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
     (r"\\(?:text)?color\s*\{\w+\}", ""),
+    (  # 0.1\overline{6} and 0.1(6) are 0.10 + 6/90
+        r"(?a)(?<!\d)(\d*\.(\d*))(?:\\(?:overline|bar)\s*\{|\()(\d+)[)}]",
+        lambda m: rf"(0{m[1]}0+\frac{{{m[3]}}}{{{'9' * len(m[3]) + '0' * len(m[2])}}})",
+    ),
     (  # \text{sq. cm} is "sq" "cm"
         r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname)\s*\{([^{}]*)\}",
         lambda text: re.sub(r"(?<![\\a-z])([a-z]+)\.?(?!\d)", r'"\1" ', text[1], flags=re.I),
@@ -1557,8 +1560,7 @@ AFTERWARDS = [  # and of its tokens
 ]
 TOKEN = re.compile(
     r"""(?xa)
-      (?P<whole>\d*) \. (?P<fixed>\d*) (?: \\(?:overline|bar)\s*\{ | \( ) (?P<period>\d+) [)}]
-    | (?P<joined> \^\s*\{?\s*(?:\\circ|°)\s*\}? | \\(?:begin|end|mathbb)\s*(?:\{\w*\}|\w)
+      (?P<joined> \^\s*\{?\s*(?:\\circ|°)\s*\}? | \\(?:begin|end|mathbb)\s*(?:\{\w*\}|\w)
         | (?:\d+|[a-zA-Z]|\\theta)_(?:\{[^{}]*\}|\w) )  # ^{\circ}, \begin{pmatrix}, x_1, 204_{5}
     | \d{4}-\d\d-\d\d | \\frac\{d[^{}]*\}\{d\ ?[a-z]    # dates and dy/dx: nothing that we know
     | (?: \d+ (?:\.\d+)? | \.\d+ ) (?:[eE][+-]?\d{1,3}(?!\d))?        # 12, 0.5, 3e5
@@ -1593,11 +1595,7 @@ def normalize_answer(answer: str | None) -> str:
         text = re.sub(pattern, new, text)
     for match in TOKEN.finditer(text):
         token, letters, before = match[0], match["letters"], text[: match.start()][-1:]
-        if match["period"]:  # 0.1(6) = (16 - 1) / 90
-            start, period = match["whole"] + match["fixed"], match["period"]
-            nines = 10 ** len(match["fixed"]) * (10 ** len(period) - 1)
-            tokens.append(str(Fraction(int(start + period) - int(start or 0), nines)))
-        elif not letters:
+        if not letters:
             token = re.sub(r"[\s{}]", "", token) if match["joined"] else token
             tokens += SPELLING.get(token, token).split()
         else:
@@ -1632,13 +1630,13 @@ OPERATIONS = {"+": add, "-": sub, "·": mul, " ": mul, "/": truediv}
 CHEAP = {*OPERATIONS.values(), abs, neg, pos}
 ENDS = {"(": ("[])]", "[,;]"), "[": ("[])]", "[,;]"), "{": ("}", "(?!)"), "⟦": ("⟧", "[&¶]")}
 ENDS |= {r"\{": (r"\\}", "[,;∧∨]")}  # what closes, and what separates
-KINDS = {r"\{\}": "set"} | dict.fromkeys(("()", "[]", "(]", "[)", "⟦⟧"), "row")
-NAME = r"(?a)[a-zA-Z]|[A-Z]+|\w+_.*|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)"  # also 204_5
+GREEK = r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)"
+NAME = rf"(?a)[a-zA-Z]|[A-Z]+|\w+_.*|{GREEK}"  # of a variable; 204_5 is in another base
 FACTOR = r"[(√].*|\\?[^\W\d_].*"  # what follows without a sign: no number (1 2 and 1{2} are not 2)
 CHOICE = re.compile(r'\( "([A-J])" \) (?!.*\( "[A-J]" \))(?=["\w($\\])')  # \textbf{(C) }42
 LABEL = re.compile(  # f(x) =, (x,y) =, a_n =, |AB| =, "Area" =, m+n =; x = is for the grammar
-    r"([fghpqA-Z] \( \w+(?: [|,] \w+)* \)|\( (?:x , y(?: , z)?|a , b|m , n|p , q|r , \\theta) \)|[a-zA-Z]_[a-z]"
-    r'|\\abs \( [A-Z]+ \)|(?:m )?\\angle (?:[A-Z]+|\d)|(?:"[a-z]+" ?)+|\{ \w \}'
+    r"([fghpqA-Z] \( \w+(?: [|,] \w+)* \)|\( (?:x , y(?: , z)?|a , b|m , n|p , q|r , \\theta) \)"
+    r'|[a-zA-Z]_[a-z]|\\abs \( [A-Z]+ \)|(?:m )?\\angle (?:[A-Z]+|\d)|(?:"[a-z]+" ?)+|\{ \w \}'
     r"|[a-df-hj-w](?: \+ [a-df-hj-w]){1,4}) ?[=∈] (?=[^=<>≤≥≠∈;]+$)"
 )
 
@@ -1702,10 +1700,8 @@ class Comparison:
         if any((x is None) != (y is None) for x, y in pairs[:4]):
             return False  # (farther away, numbers may grow too large on one side only)
         known = [pair for pair in pairs if None not in pair]
-        real = [
-            (x, y) for x, y in known if not (x.imag and y.imag)
-        ]  # of roots, where there are any
-        known = real if len(real) > 1 else known
+        real = [(x, y) for x, y in known if not (x.imag and y.imag)]
+        known = real if len(real) > 1 else known  # for √x = √x, x > 0 is meant
         return len(known) >= min(2, len(pairs)) and all(self.apply(sub, p) == 0 for p in known)
 
     def same(self, a: Node, b: Node) -> bool:
@@ -1848,10 +1844,11 @@ class Comparison:
         ends = opened + closed
         if ends in ("()", "{}") and len(parts) == 1 and not marks:
             return parts[0]
-        kind, torn = KINDS.get(ends), len(parts) - len(marks) != bool(parts)
-        if torn or not kind or kind != "set" and not marks and ends != "⟦⟧":
-            raise Unsure("[5] and {1,2} may be many things")
-        return Node(kind, marks if ends == "⟦⟧" else ends, tuple(parts))
+        alone = opened in "([{" and len(parts) < 2
+        if alone or opened == "{" or len(parts) - len(marks) != bool(parts):
+            raise Unsure("[5] and {1,2} may be many things, and (1,) is torn")
+        kind = "set" if opened == r"\{" else "row"
+        return Node(kind, marks if opened == "⟦" else ends, tuple(parts))
 
     def call(self, name: str) -> Node:
         r"""Read \sin^2 3x or \log_2(8); a bare argument runs on while factors are juxtaposed."""
