@@ -1510,10 +1510,10 @@ SPELLING = table(r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \B
     ¦ ≤ \le \leq \leqslant <= ¦ ≥ \ge \geq \geqslant >= ¦ < \lt ¦ > \gt ¦ ≠ \ne \neq != ¦ ≈ \approx
     ¦ ± \pm ¦ ∓ \mp ¦ ∪ \cup ¦ ∈ \in ¦ ∞ \infty ¦ π \pi ¦ √ \surd ¦ ¶ \\ ¦ , 、 ¦ . 。 ¦ : \colon
     ¦ ( \langle ⟨ ¦ ) \rangle ⟩ ¦ \{ \lbrace ¦ \} \rbrace ¦ | \vert \lvert \rvert \mid
-    ¦ \{␣\} \emptyset \varnothing ∅ ¦ ⟦ \beginpmatrix \beginbmatrix
-    ¦ ⟧ \endpmatrix \endbmatrix ¦ … \ldots ... ¦ (␣-␣∞␣,␣∞␣) ℝ \mathbbR ¦ \frac \dfrac \tfrac \cfrac ¦ \frac␣12 ½ ¦ \frac␣13 ⅓ ¦ \frac␣23 ⅔
-    ¦ \frac␣14 ¼ ¦ \frac␣34 ¾ ¦ ^␣2 ² ¦ ^␣3 ³ ¦ \theta θ ¦ "%" % \% ¦ "$" \$ ¦ "¢" ¢ ¦ "€" € ¦ "£" £
-    ¦ "°" ° ^\circ ^° \degree""")
+    ¦ \{␣\} \emptyset \varnothing ∅ ¦ (␣-␣∞␣,␣∞␣) ℝ \mathbbR ¦ … \ldots \dots ...
+    ¦ ⟦ \beginpmatrix \beginbmatrix ¦ ⟧ \endpmatrix \endbmatrix ¦ \theta θ ¦ ^␣2 ² ¦ ^␣3 ³
+    ¦ \frac \dfrac \tfrac \cfrac ¦ \frac␣12 ½ ¦ \frac␣13 ⅓ ¦ \frac␣23 ⅔ ¦ \frac␣14 ¼ ¦ \frac␣34 ¾
+    ¦ "%" % \% ¦ "$" \$ ¦ "¢" ¢ ¦ "€" € ¦ "£" £ ¦ "°" ° ^\circ ^° \degree""")
 FUNCTIONS = {r"\tg": MP.tan, r"\lg": MP.log10, r"\log": MP.log10, r"\abs": abs} | {
     "\\" + name: getattr(MP, name.replace("arc", "a"))
     for name in str.split("sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln")
@@ -1585,7 +1585,7 @@ def normalize_answer(answer: str | None) -> str:
     r"""Return the tokens of `answer`, each in the one spelling that the grammar reads.
 
     >>> normalize_answer(r"$\left[ \dfrac12,\, 10{,}000 \pi \right)$.")
-    '[ \\frac 12 , 10000 π )'
+    '[ \\frac 1 2 , 10000 π )'
     """
     text, tokens = as_text(answer).strip("* \t\r\n"), []
     if len(text) > MAX_ANSWER:
@@ -1600,7 +1600,10 @@ def normalize_answer(answer: str | None) -> str:
             tokens += SPELLING.get(token, token).split()
         else:
             low, quoted = letters.lower() if len(letters) > 2 else letters, token != letters
-            unit = low in UNITS and len(letters) > 1 and (quoted or before.isspace())
+            behind = before.isspace() and re.search(
+                r'(?:^|[^a-z] )[0-9.]+$|"$', " ".join(tokens[-2:])
+            )
+            unit = low in UNITS and len(letters) > 1 and (quoted or behind)  # 5 cm, not \frac13 ml
             word = len(letters) > 2 and {*low} & {*"aeiou"} and not before.isdigit()
             if letters.lower() in SPOKEN:
                 tokens.append(SPOKEN[letters.lower()])
@@ -1860,7 +1863,8 @@ class Comparison:
             x = self.each(mul, x, self.factor())
         if x.kind == "unit" and x.tag == "°" or not bracket and self.take('"°"'):
             x = self.each(MP.radians, x.parts[0] if x.kind == "unit" else x)
-        if exponent.parts[0] not in range(1, 10) or self.sees(r"\^" if bracket else r"\^|/"):
+        unclear = "(?!)" if name == r"\abs" else r"\^" if bracket else r"\^|/"
+        if exponent.parts[0] not in range(1, 10) or self.sees(unclear):
             raise Unsure("sin^{-1} x, sin(x)^2 and sin x/2 have two readings")
         return self.each(pow, self.each(MP.log if base else FUNCTIONS[name], x, *base), exponent)
 
