@@ -1472,8 +1472,8 @@ BETWEEN = re.compile(  # what joins boxes to one answer: x=\boxed{2} or x=\boxed
 # What makes a box a part of something: -\boxed{5}, 2\boxed{5}, \boxed{5}x, \boxed{5} + 1. (A plain *
 # before it does not: '88 = 2 * \boxed{44}' is how our own base ends.)
 BEFORE = re.compile(
-    r"(?:(?:(?<!\n)[-+/^_±]|\}\{|(?<!answer)(?<![-=])[<>]|\\(?:pm|mp|cdot|times|div|neq?|[lg]eq?"
-    r"|[lg]t|[dt]?frac|sqrt)\b)\s*\{?\s*|[-+±]|[\d)]\}?|(?<![\\a-zA-Z])[a-zA-Z]+|\bnot\W+)\Z"
+    r"(?:(?:(?<!\n)(?:[-+/^_±]|(?<!answer)(?<![-=])[<>])|\}\{|\\(?:pm|cdot|times|div|neq?|[lg]eq?|[lg]t"
+    r"|[dt]?frac|sqrt)\b)\s*\{?\s*|[-+±]|[$=] ?\d+ |[\d)]\}?|(?<![\\a-zA-Z])[a-zA-Z]+|\bnot\W+)\Z"
 )
 AFTER = re.compile(
     r"\s*(?:[-+*/:]\s*(?:\d|[b-z]\b)|\^(?!\s*\{?\s*\\circ)|\\(?:cdot|times|div|pm|d?frac|sqrt)\b)"
@@ -1513,7 +1513,7 @@ SPELLING = table(r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \B
     ¦ \{␣\} \emptyset \varnothing ∅ ¦ (␣-␣∞␣,␣∞␣) ℝ \mathbbR ¦ … \ldots \dots ...
     ¦ ⟦ \beginpmatrix \beginbmatrix ¦ ⟧ \endpmatrix \endbmatrix ¦ \theta θ ¦ ^␣2 ² ¦ ^␣3 ³
     ¦ \frac \dfrac \tfrac \cfrac ¦ \frac␣12 ½ ¦ \frac␣13 ⅓ ¦ \frac␣23 ⅔ ¦ \frac␣14 ¼ ¦ \frac␣34 ¾
-    ¦ "%" % \% ¦ "$" \$ ¦ "¢" ¢ ¦ "€" € ¦ "£" £ ¦ "°" ° ^\circ ^° \degree""")
+    ¦ "%" % \% ¦ "$" \$ ¦ "¢" ¢ ¦ "€" € ¦ "£" £ ¦ "°" ° ^\circ ^° \circ \degree""")
 FUNCTIONS = {r"\tg": MP.tan, r"\lg": MP.log10, r"\log": MP.log10, r"\abs": abs} | {
     "\\" + name: getattr(MP, name.replace("arc", "a"))
     for name in str.split("sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln")
@@ -1636,7 +1636,7 @@ ENDS |= {r"\{": (r"\\}", "[,;∧∨]")}  # what closes, and what separates
 GREEK = r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)"
 NAME = rf"(?a)[a-zA-Z]|[A-Z]+|\w+_.*|{GREEK}"  # of a variable; 204_5 is in another base
 FACTOR = r"[(√].*|\\?[^\W\d_].*"  # what follows without a sign: no number (1 2 and 1{2} are not 2)
-CHOICE = re.compile(r'\( "([A-J])" \) (?!.*\( "[A-J]" \))(?=["\w($\\])')  # \textbf{(C) }42
+CHOICE = re.compile(r'\( "([A-J])" \) (?!.*\( "[A-J]" \))(?=[\w($\\])')  # \textbf{(C) }42
 LABEL = re.compile(  # f(x) =, (x,y) =, a_n =, |AB| =, "Area" =, m+n =; x = is for the grammar
     r"([fghpqA-Z] \( \w+(?: [|,] \w+)* \)|\( (?:x , y(?: , z)?|a , b|m , n|p , q|r , \\theta) \)"
     r'|[a-zA-Z]_[a-z]|\\abs \( [A-Z]+ \)|(?:m )?\\angle (?:[A-Z]+|\d)|(?:"[a-z]+" ?)+|\{ \w \}'
@@ -1672,7 +1672,8 @@ class Comparison:
 
     def apply(self, operation: Callable, xs: tuple[Any, ...]) -> Any:
         """Compute one number; None is what cannot be computed, or is out of reach."""
-        self.spend(2 if operation in CHEAP else 11 + (MP.prec // 250) ** 2)
+        cheap = operation in CHEAP or operation is pow and MP.isint(xs[1] or 0)
+        self.spend(2 + (MP.prec // 2000) ** 2 if cheap else 11 + (MP.prec // 250) ** 2)
         try:
             x = operation(*xs)
             parts = [MP.zero if MP.mag(part) < self.noise else part for part in (x.real, x.imag)]
@@ -1810,7 +1811,7 @@ class Comparison:
             return Node("words", (signs or "+") + "∞")
         if powers and self.take(r"\^"):
             node = self.each(pow, node, self.factor(powers=False))
-        return self.each(neg, node) if signs.count("-") % 2 else node
+        return self.each(neg if signs.count("-") % 2 else pos, node) if signs else node
 
     def atom(self) -> Node:
         token = self.tokens.pop()
