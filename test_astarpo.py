@@ -492,7 +492,7 @@ notfound | notfound ;; 7:32 | 32:7 | 7,32 ;; 1 000 | 1 | 1, 000 ;; 1 000 1 | 100
 \cos y | \sin y \cos x ;; \exp(2) | 2e | \exp(3) ;; \arcsin(1/2) | \arccos(1/2) ;; \arctan 1 | \tan 1 | 45 ;; \tan^{-1}
 1 | \frac{1}{\tan 1} ;; |x| | x | -x ;; |x-1| | |1+x| ;; |-5| | -5 ;; \lg 2 | \ln 2 ;; e^{-1000} | 0 | e^{-1001} ;;
 10^{-200}\sqrt2 | 0 ;; \sin(10^{-50}) | 10^{-50} ;; x+1 | |x+1| ;; 2^{-x} | -2^x | 2^x ;; \log_2 3 | \log_3 2 | \log 3
-;; \ln x^2 | (\ln x)^2 ;; \sin x^2 | \sin^2 x
+;; \ln x^2 | (\ln x)^2 ;; \sin x^2 | \sin^2 x ;; x^2\frac12 | x^{5/2} ;; x^{50}+1 | x^{50}+2 ;; a+bi | a-bi
 """,
     "labels, equations and inequalities": r"""
 x \ne 5 | x \ne 6 | y \ne 5 | (-\infty,5]\cup(5,\infty) ;; f(x) = 2x | g(x) = 2x | y = 2x | 2t ;; \angle A = 45 |
@@ -508,7 +508,7 @@ m+n=114 ;; |AB| = 5 | |AC| = 5 | -5 ;; \text{Area} = 42 | \text{Perimeter} = 42 
 ;; A(x)=x^2 | A(x)=x^3 | B(x)=x^2 ;; a_n = 2^n | b_n=2^n | 2^{n+1} ;; S_1 : S_2 = 7:32 | 32:7 | 7/32 ;; 2x \text{ for }
 x>0 | 2x ;; \sqrt3 \approx 1.7 | 1.7 | \sqrt2 ;; 42 \text{ approximately} | 42 ;; x=2,3 | y=2,3 ;; f^{-1}(x) = x+1 |
 f(x)=x+1 ;; f'(x)=2x | f(x)=2x ;; [0,1] \cup [1,2] | [0,2) | [0,1]\cup[2,3] | [0,1) \cup (1,2] ;; [0,1) \cup (1,2] |
-[0,2] ;; x<1 or x>2 | y<1 or y>2 | x<1 or x>=2 | x<1, x>2 ;; x<1 or x<2 | x<1 ;; 5 \text{ left} | 5
+[0,2] ;; x<1 or x>2 | y<1 or y>2 | x<1 or x>=2 | x<1, x>2 ;; x<1 or x<2 | x<1 ;; 5 \text{ left} | 5 ;; 1<x<2<3 | 1<x<2 | 2<x<3 ;; +(1,2) | (1,2)
 """,
     "rows, sets and lists": r"""
 1,250(x+1) | 1(x+1) ;; (-1)^{n} | -1 | 1 ;; 0\infty | 0 ;; \infty-\infty | 0 ;; \frac{\infty}{\infty} | 1 ;;
@@ -539,7 +539,9 @@ y=5 | x=5, y=5 ;; 1, 2, \ldots, 10 | 1,2,10 ;; 3 \text{ hours}, 20 | 20 \text{ h
 -i | 1 ;; 0.5 | ,5 ;; \sqrt{23} | \sqrt23 ;; 1 | 1/0 ;; \sqrt{2}-\sqrt{2}+1e-300 | 0 ;; 1/(\sqrt2\sqrt2-2) | 5 ;; 0 |
 1/0 | 0/0 ;; 1/0 | 2/0 ;; 0^0 | 1/0 ;; \clubsuit | \spadesuit ;; $5$$5$ | 55 ;; 3.4.5 | 3.45 ;; 1-2 | 12 | 1,2 ;; --5 |
 -5 ;; 2(3) | 23 ;; \frac{0}{5} | 5 ;; -0 | 5 ;; 10 | 10^2 ;; 10^{10} | 1010 ;; 12^{1/7} | \frac{12}{7} ;; AE | ae ;;
-66.(3) | 198 | 66.3 | 663/10 ;; 0.1(6) | 0.6 | 0.16 ;; 0.5(3) | 1.5
+66.(3) | 198 | 66.3 | 663/10 ;; 0.1(6) | 0.6 | 0.16 ;; 0.5(3) | 1.5 ;; 10^{50}+1 | 10^{50} ;; 10^{-200}+1 | 1 ;;
+\sqrt{10^{39}+1} | \sqrt{10^{39}} ;; \frac{1}{3^{80}} | \frac{1}{3^{80}+1} ;; \frac{1}23 | \frac{1}{23} ;; \frac12\frac34
+| \frac{12.75}{2} ;; \sqrt2\frac12 | \sqrt{2.5}
 """,
     "units, and letters that are none": r"""
 8 adults and 12 children | 12 adults and 8 children ;; 30 hours, 5 minutes | 5 hours, 30 minutes | 5, 30 | 30, 5 ;; 5
@@ -620,7 +622,7 @@ y=\boxed{2}$ -> x=1, y=2 ;; \boxed{1/2}, or \boxed{0.5} -> 1/2, or 0.5 ;; I put 
     "boxes that are all of it, or a part of it": r"""
 so $x=-\boxed{5}$ -> ;; $2\boxed{5}$ -> ;; $\boxed{5}^2$ -> ;; $\frac{\boxed{1}}{2}$ -> ;; $\pm\boxed{5}$ -> ;;
 $\sqrt{\boxed{2}}$ -> ;; $\boxed{5}x$ -> ;; $x \neq \boxed{5}$ -> ;; $x > \boxed{5}$ -> ;; $x = - \boxed{5}$ -> ;; $3
-\cdot \boxed{5}$ -> ;; $\boxed{5} \cdot 2$ -> ;; $\boxed{5}/2$ -> ;; $\boxed{5}!$ -> ;; $1 + \boxed{5}$ -> ;;
+\cdot \boxed{5}$ -> ;; $\boxed{5} \cdot 2$ -> ;; $\boxed{5}/2$ -> ;; $\boxed{5}!$ -> ;; $1 + \boxed{5}$ -> ;; $2 \boxed{5}$ -> ;; $\frac{3}{\boxed{5}}$ -> ;; 88 = 2 * \boxed{44} -> 44 ;; $x \le \boxed{5}$ -> ;;
 $\boxed{5} + 1$ -> ;; \boxed{4}2 -> ;; $x^{\boxed{4}}$ -> ;; $x_{\boxed{4}}$ -> ;; $y\boxed{4}$ -> ;; $1/\boxed{4}$ ->
 ;; not \boxed{5} -> ;; \boxed{5},000 -> ;; \[x = \boxed{5}.\] -> 5 ;; $\boxed{5}\text{ cm}$ -> 5 ;; \$\boxed{5} -> 5 ;;
 **\boxed{5}** -> 5 ;; $\implies\boxed{5}$ -> 5 ;; Answer: \boxed{5}! -> 5 ;; is \boxed{5} - done -> 5 ;; (\boxed{5}) ->
