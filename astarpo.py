@@ -1448,7 +1448,7 @@ def save_model(policy: Policy, folder: Path) -> None:
 # Deliberately not, an honest False: tolerances (0.33 is not 1/3), unit conversion, '(1, 2)' for
 # '1, 2', groups (x=1, y=2; x=3, y=4), unions that touch, {x | x > 1}, ℝ without points, prose,
 # times, calculus, n!, binomials, sin^{-1}, other bases for their value, chains (x = 1+1 = 2), one
-# letter as a unit outside of \text (2 m is 2·m), matrices written as arrays.
+# letter as a unit outside of \text (2 m is 2·m), arrays, \sqrt[3]{-8}, what is beyond 10^40.
 
 MAX_SIZE = 133  # numbers stay in 2^-133 .. 2^133 (10^40), or a small term could drown
 MAX_STEPS = 2_000  # work for one comparison; a step is about ten microseconds
@@ -1552,6 +1552,7 @@ AFTERWARDS = [  # and of its tokens
     (r"^([^≈]*[\d}π]) ≈ [\d.]+$", r"\1"),  # \sqrt2 ≈ 1.41 is its exact side
     (r"\^ \{ (\d) \}", r"^ \1"),  # cm^{2}
     ("¶ ⟧", "⟧"),
+    (r'(\\(?:sin|cos|tan|cot) (?:[({] )?)([\d.]+) "°"', r"\1( \2 · π / 180 )"),  # \sin 30^\circ
     (r"(\\frac|\\sqrt) (\d)(?=\d)", r"\1 \2 "),  # \frac12 and \sqrt23 take one digit, as TeX does,
     (r"(\\frac (?:[^{ ]+|\{(?:[^{}]|\{[^{}]*\})*\})) (?=\d\d)", r"\1 ? "),  # but not \frac{1}23
     (  # 2\frac13 is two and a third; 2\frac73 has two readings
@@ -1645,11 +1646,6 @@ LABEL = re.compile(  # f(x) =, (x,y) =, a_n =, |AB| =, "Area" =, m+n =; x = is f
 )
 
 
-def root(n: Any, x: Any) -> Any:
-    """Take the real root if there is one."""
-    return -((-x) ** (1 / n)) if n % 2 == 1 and not x.imag and x < 0 else x ** (1 / n)
-
-
 class Comparison:
     """Two answers, read and compared: it counts its steps and refuses what grows too large."""
 
@@ -1681,7 +1677,7 @@ class Comparison:
         except (ArithmeticError, ValueError, TypeError, AttributeError):  # 1/0, or a number is None
             return None
         # What is left of a difference is nothing; a product that small is only out of reach.
-        lost = x and not any(parts) and operation in (pos, mul, truediv, pow, root, MP.exp)
+        lost = x and not any(parts) and operation in (pos, mul, truediv, pow, MP.exp)
         if lost or any(part and not abs(MP.mag(part)) <= MAX_SIZE for part in parts):
             return None
         return MP.mpc(*parts) if parts[1] else parts[0]
@@ -1709,7 +1705,7 @@ class Comparison:
 
     def same(self, a: Node, b: Node) -> bool:
         """Compare structures piece by piece."""
-        self.spend(5)
+        self.spend(1)
         for kind in ("choice", "label", "unit"):  # what one side has, the other need not have
             a, b = (b, a) if a.kind != kind == b.kind else (a, b)
             if a.kind == kind != b.kind:  # x = 5 against 5, but also against 2x = 10
@@ -1739,13 +1735,9 @@ class Comparison:
         each_once = len({*tags}) == len(a) and {*tags} == {*others} and "" not in tags
         if len(a) != len(b) or not (alike or each_once):  # x=1, y=2, x=3, y=4 or 3 hours, 20
             return False
-        rest = list(b)
-        for x in a:
-            hit = next((i for i, y in enumerate(rest) if self.same(x, y)), None)
-            if hit is None:
-                return False
-            rest.pop(hit)
-        return True
+        return all(
+            sum(self.same(x, y) for y in b) == sum(self.same(x, y) for y in a) > 0 for x in a
+        )  # 1, 1, 2 is not 1, 2, 2
 
     # Reading: recursive descent that computes as it reads.
 
@@ -1824,7 +1816,7 @@ class Comparison:
         if token in ("√", r"\sqrt"):
             degree = self.read(SUM) if self.take(r"\[") else self.constant(2)
             self.take("]")
-            return self.each(root, degree, self.factor(powers=False))
+            return self.each(lambda n, x: x ** (1 / n), degree, self.factor(powers=False))
         if token in ("π", "e", "i"):
             return self.constant({"π": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}[token])
         if re.fullmatch('"..+"|∞', token):
@@ -1861,8 +1853,6 @@ class Comparison:
         x = self.atom() if bracket else self.factor()
         while not bracket and self.sees(FACTOR) and self.tokens[-1] not in FUNCTIONS:
             x = self.each(mul, x, self.factor())
-        if x.kind == "unit" and x.tag == "°" or not bracket and self.take('"°"'):
-            x = self.each(MP.radians, x.parts[0] if x.kind == "unit" else x)
         unclear = "(?!)" if name == r"\abs" else r"\^" if bracket else r"\^|/"
         if exponent.parts[0] not in range(1, 10) or self.sees(unclear):
             raise Unsure("sin^{-1} x, sin(x)^2 and sin x/2 have two readings")

@@ -432,7 +432,7 @@ degrees | 90 \text{ degrees} ;; 2x \ge 4 | x \ge 2 ;; “42” | 42 ;; "42" | 42
 347/6 | 57 5/6 | 57\frac56 ;; 57\frac{4}{6} | \frac{346}{6} | \frac{173}{3} | 57\frac{2}{3} ;; -15\frac{3}{5} | -15.6 |
 -\frac{78}{5} ;; 0.\overline{3} | 1/3 | 0.\bar{3} | 0.3\overline{3} | .\overline{3} ;; 0.1\overline{6} | \frac16 ;; 3
 \times 10^{5} | 300000 | 300,000 | 3\cdot10^5 | 3e5 ;; \sqrt{12} | 2\sqrt{3} | 2\sqrt3 | \sqrt3 \cdot 2 | 2√3 ;;
-\sqrt{2}\sqrt{3} | \sqrt{6} ;; \sqrt[3]{8} | 2 | \sqrt4 | \log_2 4 | \sqrt{2}\cdot\sqrt{2} ;; \sqrt[3]{-8} | -2 ;;
+\sqrt{2}\sqrt{3} | \sqrt{6} ;; \sqrt[3]{8} | 2 | \sqrt4 | \log_2 4 | \sqrt{2}\cdot\sqrt{2} ;;
 \frac{1+\sqrt5}{2} | \frac{2}{\sqrt{5}-1} | \frac12+\frac{\sqrt{5}}{2} ;; \frac{\sqrt[3]{4}}{6} |
 \frac{1}{3\sqrt[3]{2}} | \frac{4^{1/3}}{6} ;; 2\pi | \pi \cdot 2 | 2π | 2 pi | \frac{4\pi}{2} ;; \frac{9}{4}\pi |
 \frac{9\pi}{4} | 2.25\pi ;; 1+\cos\pi | 0 | \sqrt2\sqrt2-2 ;; e^{i\pi} | -1 | i^2 | \cos\pi ;; e^2 | e \cdot e ;; \ln 8
@@ -555,7 +555,7 @@ feet, 3 inches | 3 feet, 5 inches | 3, 5 ;; 2pqrs | 2 ;; \frac13 ml^2 | \frac13 
     "forms that we leave out, an honest False": r"""
 2 | x = 1+1 = 2 | 1+1 = 2 ;; 120 | 5! | \binom{10}{3} ;; (4,\infty) | \{x \mid x > 4\} ;; x=1,y=2; x=3,y=4 | x=3,y=4;
 x=1,y=2 ;; \arctan 1 | \tan^{-1} 1 ;; 1000 | 1 000 ;; 12 | 12^{\mathrm{th}} ;; 10:15 AM | 10:15 \text{ a.m.} ;; x \ne 0
-| \mathbb R \setminus \{0\} ;; E | E: the fifth option ;; 42 | C. 42 ;; [0,2] | [0,1] \cup [1,2] ;; 2^{4950} | 4^{2475}
+| \mathbb R \setminus \{0\} ;; E | E: the fifth option ;; 42 | C. 42 ;; [0,2] | [0,1] \cup [1,2] ;; 2^{4950} | 4^{2475} ;; -2 | \sqrt[3]{-8}
 ;; \begin{pmatrix}1\\3\end{pmatrix} | \left[\begin{array}{c}1\\3\end{array}\right]
 """,
 }
