@@ -1463,8 +1463,9 @@ BOX = re.compile(  # \boxed{5}, \framebox[3cm]{5} or \boxed 5; a bare \boxed is 
     r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[\w*\]\s*)?"
     rf"(?:\{{\s*({INSIDE})\}}|([-+]?\.?\d(?:[^\s$.,;]|[.,](?=\d))*)|\{{(?s:.*))"
 )
+# 'Put your answer within \boxed{}' is what a prompt says; some models say it again.
 ECHO = re.compile(r"\b(?:in|into|within|inside)(?: an?| the)?[\s$`]*\\boxed\{\s*\}")
-NAMED = r"(?:[A-Za-z](?:_\w)?\s*=\s*)"
+NAMED = r"(?:[A-Za-z](?:_\w)?\s*=\s*)"  # x_1 =
 BETWEEN = re.compile(  # what joins boxes to one answer: x=\boxed{2} or x=\boxed{3}
     r"(?s)(?=.*(?:,|and|or))(?:[\s,${}]|\\[()\[\] ,;]|\\(?:quad|text)\b|\b(?:and|or)\b"
     rf"|{NAMED})*+"
@@ -1535,7 +1536,7 @@ REWRITES = [  # of the text,
         lambda number: number[0].replace(",", ""),
     ),
     (r"(?a)(?<![\w.])(\d+)\s+([1-9]\d*)/(\d+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
-    (r"\\(?:text)?color\s*\{\w+\}", ""),
+    (r"\\(?:text)?color\s*\{\w+\}", ""),  # \color{red}{5}
     (  # 0.1\overline{6} and 0.1(6) are 0.10 + 6/90
         r"(?a)(?<!\d)(\d*\.(\d*))(?:\\(?:overline|bar)\s*\{|\()(\d+)[)}]",
         lambda m: rf"(0{m[1]}0+\frac{{{m[3]}}}{{{'9' * len(m[3]) + '0' * len(m[2])}}})",
@@ -1547,11 +1548,11 @@ REWRITES = [  # of the text,
 ]
 AFTERWARDS = [  # and of its tokens
     (r", ([∧∨])", r"\1"),  # 2, 3, and 4
-    (r"\| ([^|]*[^-|+·/ ]) \|", r"\\abs ( \1 )"),
+    (r"\| ([^|]*[^-|+·/ ]) \|", r"\\abs ( \1 )"),  # |x|, and once more:
     (r"\| ([^|]*[^-|+·/ ]) \|", r"\\abs ( \1 )"),  # ||x| - 1|
     (r"^([^≈]*[\d}π]) ≈ [\d.]+$", r"\1"),  # \sqrt2 ≈ 1.41 is its exact side
     (r"\^ \{ (\d) \}", r"^ \1"),  # cm^{2}
-    ("¶ ⟧", "⟧"),
+    ("¶ ⟧", "⟧"),  # the last line of a matrix may end with \\, too
     (r'(\\(?:sin|cos|tan|cot) (?:[({] )?)([\d.]+) "°"', r"\1( \2 · π / 180 )"),  # \sin 30^\circ
     (r"(\\frac|\\sqrt) (\d)(?=\d)", r"\1 \2 "),  # \frac12 and \sqrt23 take one digit, as TeX does,
     (r"(\\frac (?:[^{ ]+|\{(?:[^{}]|\{[^{}]*\})*\})) (?=\d\d)", r"\1 ? "),  # but not \frac{1}23
@@ -1602,10 +1603,8 @@ def normalize_answer(answer: str | None) -> str:
             tokens += SPELLING.get(token, token).split()
         else:
             low, quoted = letters.lower() if len(letters) > 2 else letters, token != letters
-            behind = before.isspace() and re.search(
-                r'(?:^|[^a-z] )[0-9.]+$|"$', " ".join(tokens[-2:])
-            )
-            unit = low in UNITS and len(letters) > 1 and (quoted or behind)  # 5 cm, not \frac13 ml
+            near = before.isspace() and re.search(r'(^|[^a-z] )[\d.]+$|"$', " ".join(tokens[-2:]))
+            unit = low in UNITS and len(letters) > 1 and (quoted or near)  # 5 cm, not \frac13 ml
             word = len(letters) > 2 and {*low} & {*"aeiou"} and not before.isdigit()
             if letters.lower() in SPOKEN:
                 tokens.append(SPOKEN[letters.lower()])
@@ -1735,9 +1734,8 @@ class Comparison:
         each_once = len({*tags}) == len(a) and {*tags} == {*others} and "" not in tags
         if len(a) != len(b) or not (alike or each_once):  # x=1, y=2, x=3, y=4 or 3 hours, 20
             return False
-        return all(
-            sum(self.same(x, y) for y in b) == sum(self.same(x, y) for y in a) > 0 for x in a
-        )  # 1, 1, 2 is not 1, 2, 2
+        same = self.same  # 1, 1, 2 is not 1, 2, 2
+        return all(sum(same(x, y) for y in b) == sum(same(x, y) for y in a) > 0 for x in a)
 
     # Reading: recursive descent that computes as it reads.
 
