@@ -1526,7 +1526,7 @@ UNITS = table("""% percent percentage pct ¦ ° degree deg ¦ C celsius ¦ F fah
     ¦ ¢ cent ¦ € euro ¦ £ ¦ lb pound ¦ oz ounce ¦ g gram ¦ kg kilogram ¦ mm ¦ cm centimeter
     ¦ m meter ¦ km kilometer ¦ in inch inche ¦ ft foot feet ¦ yd yard ¦ mi mile ¦ mph ¦ acre
     ¦ L liter ¦ mL ¦ gallon ¦ s sec second ¦ min minute ¦ h hr hour ¦ day ¦ week ¦ month ¦ yr year
-    ¦ rad radian ¦ unit ¦ point ¦ people ¦ children ¦ student ¦ way ¦ value ¦ dog
+    ¦ rad radian ¦ unit ¦ point ¦ people ¦ children ¦ student ¦ way ¦ piece ¦ box boxe ¦ value ¦ dog
     ¦ ^2 square sq ¦ ^3 cubic ¦ / per""")
 UNITS |= {word + "s": name for word, name in UNITS.items() if len(word) > 1}
 REWRITES = [  # of the text,
@@ -1543,7 +1543,7 @@ REWRITES = [  # of the text,
     ),
     (  # \text{sq. cm} is "sq" "cm"
         r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname)\s*\{([^{}]*)\}",
-        lambda text: re.sub(r"(?<![\\a-z])([a-z]+)\.?(?!\d)", r'"\1" ', text[1], flags=re.I),
+        lambda text: re.sub(r"(?i)(?<![\\a-z])([a-z]+)\.?(?!\d)", r'"\1" ', text[1]),
     ),
 ]
 AFTERWARDS = [  # and of its tokens
@@ -1553,7 +1553,7 @@ AFTERWARDS = [  # and of its tokens
     (r"^([^≈]*[\d}π]) ≈ [\d.]+$", r"\1"),  # \sqrt2 ≈ 1.41 is its exact side
     (r"\^ \{ (\d) \}", r"^ \1"),  # cm^{2}
     ("¶ ⟧", "⟧"),  # the last line of a matrix may end with \\, too
-    (r'(\\(?:sin|cos|tan|cot) (?:[({] )?)([\d.]+) "°"', r"\1( \2 · π / 180 )"),  # \sin 30^\circ
+    (r'(\\(?:sin|cos|tan|cot|sec|csc) (?:[({] )?)([\d.]+) "°"', r"\1( \2 · π / 180 )"),
     (r"(\\frac|\\sqrt) (\d)(?=\d)", r"\1 \2 "),  # \frac12 and \sqrt23 take one digit, as TeX does,
     (r"(\\frac (?:[^{ ]+|\{(?:[^{}]|\{[^{}]*\})*\})) (?=\d\d)", r"\1 ? "),  # but not \frac{1}23
     (  # 2\frac13 is two and a third; 2\frac73 has two readings
@@ -1907,7 +1907,8 @@ def readable(gold: str) -> bool:
     text = normalize_answer(gold)[:MAX_ANSWER]
     with LOCK:
         node = Comparison(text, "").read_answer(text)
-    return not no_answer(gold) and (node.kind != "words" or node.tag.strip('"').isalpha())
+    words = re.sub('[" ]', "", node.tag)
+    return not no_answer(gold) and (node.kind != "words" or words.isalpha())
 
 
 def verify(text: str | None, gold: str | float | None) -> bool:
