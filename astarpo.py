@@ -124,7 +124,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from fractions import Fraction
 from numbers import Real
 from operator import add, mul, neg, pos, sub, truediv
 from pathlib import Path
@@ -256,20 +255,17 @@ class Problem:
 
 
 # --- 3. Answers: what did the model say, and is it what the book says? ----------------------------
-# The reward is 1 when the final answer of a sample means the same as the gold answer, else 0. The
-# two possible mistakes do not weigh the same. A false reject wastes one sample. A false accept pays
-# for something wrong, and a policy that finds such a leak soon does nothing else. So wherever we do
-# not understand a text, or would have to choose between two readings (is 1/2x the half of x?), the
-# answer is an honest False.
+# The reward is 1 when the final answer of a sample means the same as the gold answer, else 0. A
+# false reject wastes one sample. A false accept pays for something wrong, and a policy that finds
+# such a leak soon does nothing else. So wherever we do not understand a text, or would have to
+# choose between two readings (is 1/2x the half of x?), the answer is an honest False.
 #
-# Two steps: find the answer (`extract_answer`), compare it (`is_equiv`). Model output is hostile
-# text, so limits bound every loop: whatever the text, a comparison takes milliseconds, without
-# eval, timer or thread. The grammar that is read, and how meanings are compared without a computer
-# algebra system, are in Part III, C; nothing of it is needed later in the lesson.
+# Two steps: find the answer, compare it (Part III, C). Model output is hostile text, so limits bound
+# every loop: whatever the text, a comparison takes milliseconds, without eval, timer or thread.
 
 MAX_ANSWER = 2_000  # characters; the longest gold in MATH has about 160
 MAX_TAIL = 20_000  # characters at the end in which the answer is looked for
-PHRASE = re.compile(  # the last one alone is GSM8K's mark, unless it begins a heading
+PHRASE = re.compile(  # what announces an answer; the last one is GSM8K's mark, if no heading
     r"\banswers?\**\s*(?:(?:is|are)\b\s*:?|[:=])|<answer>|^[#* ]*final answer[:#* ]*$"
     r"|####(?=[ \t]*(?:[-+$.(\\]|[0-9](?![0-9]*[.)][ \t]+\S)|[A-Za-z]\s*$))",
     re.IGNORECASE | re.MULTILINE,
@@ -1749,75 +1745,76 @@ def save_model(policy: Policy, folder: Path) -> None:
 
 
 # --- C. The algebra of answers --------------------------------------------------------------------
-# What section 3 leaves out: boxes, spellings, and the comparison. The grammar that is read (spaces,
-# fonts, colours, $ and \left mean nothing; words stand in "quotes"; one "±" makes two answers):
+# A text becomes tokens, each in one spelling. They are read by this grammar, and what is read is
+# computed on the way; what the grammar does not know is words, which equal only themselves.
 #
-#   answer  = ["(C)"] [label "="] item { ("," | "and" | ";" | "or") item }
-#   item    = union { ("=" | "<" | "≤" | ">" | "≥" | "≠" | "∈") union }
-#   union   = quantity { ("∪" | ":") quantity };  quantity = sum [unit];  sum = product { ("+" | "-") product }
-#   product = factor { ["·" | "/"] factor };  factor = ["-"] atom ["^" atom]
-#   atom    = number | variable ["_" index] | π | e | i | ∞ | function atom | \frac atom atom | set | row
-#           | \sqrt["[" sum "]"] atom | "(" sum ")" | "|" sum "|" | "\{" answer "\}" | matrix
-#   row     = "(" item "," item ")", also with [ and ];  set = "\{" item { "," item } "\}"
+#   answer   = ["(C)"] [label "="] item { ("," | "and" | "or" | ";") item }
+#   item     = union [("=" | "<" | "≤" | ">" | "≥" | "≠" | "∈") union]       (also a < x < b)
+#   union    = quantity { ("∪" | ":") quantity };       quantity = ["$"] sum [unit]
+#   sum      = product { ("+" | "-") product };         product = factor { ["·" | "/"] factor }
+#   factor   = { "-" } atom ["^" atom];                 "±" stands for two answers
+#   atom     = number | name | π | e | i | ∞ | \frac atom atom | √ atom | function atom
+#            | "(" sum ")" | "|" sum "|" | words | row | set | matrix
+#   row, set = "(" item { "," item } ")", also with "[" or "]";     "\{" [item { "," item }] "\}"
 #
-# What says all about one name ('x = 5', 'm+n = 113', 'f(x) = 2x', 'x > 1') is a value with a label.
-# A label or a unit may be missing on one side; two must be the same. Values are computed at random
-# points, seeded by both texts: that two different formulas agree at all of them is as good as
-# impossible (Schwartz and Zippel); equations agree up to a constant factor. What is rational is
-# exact; all else carries more than twice as many digits as the answers have characters.
+# Values are computed at random points, seeded by both texts: that two different formulas agree at
+# all of them is as good as impossible (Schwartz and Zippel); equations agree up to a factor. The
+# numbers have over twice as many digits as the answers have characters: no 0.333... is 1/3.
+# 'x = 5', 'm+n = 113', 'f(x) = 2x', 'x > 1' are values with a label. A label or a unit may be
+# missing on one side; two must be the same.
 #
-# Deliberately not, an honest False: tolerances (0.33 is not 1/3), unit conversion, 'x = 1, y = 2' or
-# '(1, 2)' for '1, 2', groups (x=1, y=2; x=3, y=4), unions that touch, {x | x > 1}, ℝ without points,
-# prose, times, calculus, n!, binomials, sin^{-1}, numbers in another base for their value,
-# chains (x = 1+1 = 2), one letter as a unit outside of \text (2 m is 2·m).
+# Deliberately not, an honest False: tolerances (0.33 is not 1/3), unit conversion, '(1, 2)' for
+# '1, 2', groups (x=1, y=2; x=3, y=4), unions that touch, {x | x > 1}, ℝ without points, prose,
+# times, calculus, n!, binomials, sin^{-1}, other bases for their value, chains (x = 1+1 = 2), one
+# letter as a unit outside of \text (2 m is 2·m), arrays, \sqrt[3]{-8}, what is beyond 10^40.
 
-MAX_BITS = 16_000  # of a numerator or denominator: 2^{4950} is a gold answer
-MAX_SIZE = 133  # with roots around, numbers stay in 2^-133 .. 2^133: a smaller term could drown
+MAX_SIZE = 133  # numbers stay in 2^-133 .. 2^133 (10^40), or a small term could drown
 MAX_STEPS = 2_000  # work for one comparison; a step is about ten microseconds
 FAR = (1, 1, 1, 1, 100, 100, 10_000, 10_000)  # eight points: both signs of three variables
 MP = mpmath.MPContext()  # our own, so that nobody else's precision changes,
 LOCK = threading.RLock()  # for one thread at a time
 
-
 INSIDE = r"(?:[^{}\\]|\\.)*+"
 for _ in range(8):  # braces within braces
     INSIDE = rf"(?:[^{{}}\\]|\\.|\{{{INSIDE}\}})*+"
-BOX = (  # \boxed{5}, \framebox[3cm]{5} or \boxed 5; a bare \boxed is prose
-    r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^]{}]*\]\s*)?"
+BOX = re.compile(  # \boxed{5}, \framebox[3cm]{5} or \boxed 5; a bare \boxed is prose
+    r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[\w*\]\s*)?"
     rf"(?:\{{\s*({INSIDE})\}}|([-+]?\.?\d(?:[^\s$.,;]|[.,](?=\d))*)|\{{(?s:.*))"
 )
-ECHO = re.compile(r"\b(?:within|in|inside|into|using|with)(?: an?| the)?[\s$`]*$")
-GAP = r"(?:\s|[${}]|\\[()\[\] ,;]|\\q?quad\b|\\(?:text|mbox)\s*\{)*"
-NAMED = r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=\s*)?"
-BOXES = re.compile(  # one, or several that are one answer: x=\boxed{2} or x=\boxed{3}
-    rf"{BOX}(?:{GAP}(?:(?:,|\band\b|\bor\b){GAP})+{NAMED}{BOX})*"
+# 'Put your answer within \boxed{}' is what a prompt says; some models say it again.
+ECHO = re.compile(r"\b(?:in|into|within|inside)(?: an?| the)?[\s$`]*\\boxed\{\s*\}")
+NAMED = r"(?:[A-Za-z](?:_\w)?\s*=\s*)"  # x_1 =
+BETWEEN = re.compile(  # what joins boxes to one answer: x=\boxed{2} or x=\boxed{3}
+    r"(?s)(?=.*(?:,|and|or))(?:[\s,${}]|\\[()\[\] ,;]|\\(?:quad|text)\b|\b(?:and|or)\b"
+    rf"|{NAMED})*+"
 )
-# What before a box, or after it, says that it is a part of something larger. ('88 = 2 * ' does not:
-# so our own base writes the last step of an equation.)
+# What makes a box a part of something: -\boxed{5}, 2\boxed{5}, \boxed{5}x, \boxed{5} + 1. (A plain
+# '*' before it does not: '88 = 2 * \boxed{44}' is how our own base ends.)
 BEFORE = re.compile(
-    r"(?:[=(\[{]\s*[-+±]\s*|\$[-+±]\s*|[-+/^_±0-9)]|[^=>\s-](?<!answer)\s?[<>]\s*|(?<![\\a-zA-Z])[a-zA-Z]+"
-    r"|[=$][^=$a-zA-Z\\]*[-+/^0-9)]\s+|\\(?:pm|mp|cdot|times|div|neq?|leq?|geq?|lt|gt)\s*|[}^_]\s*\{\s*"
-    r"|\\(?:d?frac|sqrt)(?:\s*\{[^{}]*\})*\s*\{?|\bnot\s*\}?\s*\$?)$"
+    r"(?:(?:(?<!\n)(?:[-+/^_±]|(?<!answer)(?<![-=])[<>])|\}\{|\\(?:pm|cdot|times|div|neq?|[lg]eq?"
+    r"|[lg]t|[dt]?frac|sqrt)\b)\s*\{?\s*|[-+±]|[$=] ?\d+ |[\d)]\}?|(?<![\\a-z])[a-z]+|not\W+)\Z",
+    re.IGNORECASE,
 )
 AFTER = re.compile(
-    r"\s*(?:\\(?:cdot|times|div|pm|d?frac|sqrt)\b|[-+*/:]\s*[0-9])|\^(?!\s*\{?\s*\\circ)|!\s*\$|[-+/(!_.,]?[0-9A-Za-z]"
+    r"\s*(?:[-+*/:]\s*(?:\d|[b-z]\b)|\^(?!\s*\{?\s*\\circ)|\\(?:cdot|times|div|pm|d?frac|sqrt)\b)"
+    r"|!\s*\$|[-+/(!_]?[0-9A-Za-z]|[.,]\d"
 )
 
 
 def final_box(text: str) -> str | None:
     r"""Return what the last box says, or several joined by 'or', 'and', ','; None without a box."""
-    last = None
-    for boxes in BOXES.finditer(text):
-        if not boxes[0].endswith("{}") or not ECHO.search(text[: boxes.start()][-60:]):
-            last = boxes
-    if not last:
+    boxes = [*BOX.finditer(text := ECHO.sub("", text))]
+    if not boxes:
         return None
-    before, after = text[: last.start()][-60:], text[last.end() :][:60]
-    found = [box[1] or box[2] for box in re.finditer(BOX, last[0])]
-    if not all(found) or BEFORE.search(before) or AFTER.match(after):
+    first = last = boxes.pop()
+    while boxes and BETWEEN.fullmatch(text[boxes[-1].end() : first.start()][:60]):
+        first = boxes.pop()
+    before, after = text[: first.start()][-60:], text[last.end() :][:60]
+    said = [(box[1] or box[2] or "").strip() for box in BOX.finditer(text, first.start())]
+    if not all(said) or BEFORE.search(before) or AFTER.match(after):
         return ""  # torn, or -\boxed{5}
-    name = re.search(NAMED + "$", before)[0] if len(found) > 1 else ""
-    return name + re.sub(BOX, lambda box: (box[1] or box[2]).strip(), last[0])
+    name = "" if first is last else re.search(f"{NAMED}?$", before)[0]
+    return name + BOX.sub(lambda _: said.pop(0), text[first.start() : last.end()])
 
 
 def table(text: str) -> dict[str, str]:
@@ -1826,49 +1823,70 @@ def table(text: str) -> dict[str, str]:
     return {old: row[0] for row in rows for old in row}
 
 
-# Cleaning: all spellings of a sign become one character, and what is only typography a space.
-PLAIN = table(r"""␣ \␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \mathbf \mathit \mathsf
-    \boldsymbol \bm \underline \! \, \; \: \> \quad \qquad \( \) \[ \] ~ $ ` " “ ” \boxed \fbox ¦ · \cdot \times
-    \ast × ⋅ * ¦ - − – — ‐ ‑ ‒ ¦ / \div ÷ ⁄ ¦ ≤ \le \leq \leqslant <= ¦ ≥ \ge \geq \geqslant >= ¦ < \lt ¦ > \gt
-    ¦ ≠ \ne \neq != ¦ ± \pm ¦ ∓ \mp ¦ ≈ \approx ¦ ∪ \cup ¦ ∈ \in ¦ ∞ \infty ¦ π \pi ¦ ¶ \\
-    ¦ ° \circ \degree ¦ ( \langle ⟨ ¦ ) \rangle ⟩ ¦ \{ \lbrace ¦ \} \rbrace ¦ \{\} \emptyset \varnothing ∅
-    ¦ | \vert \lvert \rvert \mid ¦ … \ldots \dots ... ¦ \overline \bar ¦ : \colon ¦ , 、 ¦ . 。 ¦ "%" % \% ¦ "$" \$
-    ¦ "¢" ¢ ¦ "€" € ¦ "£" £ ¦ \theta␣ θ ¦ ^2 ² ¦ ^3 ³ ¦ ^ ** ¦ \frac12 ½ ¦ \frac13 ⅓ ¦ \frac23 ⅔ ¦ \frac14 ¼ ¦ \frac34 ¾
-    ¦ \frac \dfrac \tfrac \cfrac ¦ √ \surd
-    ¦ \text \mbox \textbf \textit \textrm \textnormal \mathrm \operatorname""")
-SIGN = re.compile(r"\\(?:[a-zA-Z]+|.)|[<>!]=|\*\*|\.\.\.|[^\sa-zA-Z0-9+\-(){},.=^_]", re.DOTALL)
-WIDE = dict(zip(range(0xFF01, 0xFF5F), range(0x21, 0x7F)))  # full-width ，（） are , ( )
-NUMBERS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
-REWRITES = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\b[0-9]{4}-[01][0-9]-[0-3][0-9]\b|\\frac\{d[^{}]*\}\{d ?[a-z]", r"?\g<0>"),  # dates, d/dx
-        (r"^((?:[a-z] ?=)?(?:[^a-zA-Z]|\\[a-z]+)*[^a-zA-Z\s])\s*≈ *[0-9.]+$", r"\1"),  # \sqrt2 ≈ 1.41
-        (r"\\(?:text)?color\s*\{\w+\}", ""),
-        (r"\\mathbb ?\{?R\b\}?|ℝ", "(-∞,∞)"),
-        (r"\\text\s*\{([^{}]*)\}", lambda m: '"' + m[1].replace('"', "") + '"'),
-        (r"\\begin\s*\{[pb]matrix\}|[(\[]\s*\\begin\s*\{(?:matrix\}|array\}\s*\{[lcr ]*\})", "⟦"),
-        (r"(?:¶\s*)?(?:\\end\s*\{[pb]matrix\}|\\end\s*\{(?:matrix|array)\}\s*[)\]])", "⟧"),
-        (r"\^\s*(?:\{\s*°\s*\}|°)", "°"),
-        (r'("[$€£]")\s*([0-9.]+)', r"\2\1"),  # the currency behind, where units stand
-        (r"_\s*\{(\w)\}", r"_\1 "),  # the space in \log_{2}8 tells the base
-        (r"(?<![0-9_])([0-9]+)\s+([1-9][0-9]*)/([0-9]+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
-        (r"(√|\^)\s*([0-9]+)", r"\1{\2}"),  # x^10 as people mean it, but the next two as LaTeX does:
-        (r"\\(frac|sqrt)\s*([0-9])", r"\\\1{\2}"),  # \sqrt23 is \sqrt{2} 3
-        (r"(\\frac\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\?[a-zA-Zπ]+))\s*([0-9])", r"\1{\2}"),
-        (r"(?<![\s,\"])[\s,\"]*\b(and|or)\b[\s\"]*", lambda m: "," if m[1] == "and" else "∨"),
-        (  # 0.1\overline{6} and 0.1(6) are 0.10 + 6/90
-            r"(?<![0-9])([0-9]*\.([0-9]*))(?:\\overline\s*\{|\()([0-9]+)[})]",
-            lambda m: rf"({m[1]}0+\frac{{{m[3]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}})",
-        ),
-        (r"\s+", " "),
-        (r"(?<![A-Za-z0-9.]) | (?![A-Za-z0-9.])", ""),
-        (  # 2\frac{1}{3} is two and a third; 2\frac{7}{3} has two readings and gets none
-            r"(?<![\w.^ })])([0-9]+) ?(\\frac\{([0-9]+)\}\{([0-9]+)\})",
-            lambda m: f"({m[1]}+{m[2]})" if int(m[3]) < int(m[4]) else f"?{m[0]}",
-        ),
-    )
-]  # fmt: skip
+# One spelling for each sign; what stands in the first row means nothing.
+SPELLING = table(r"""␣ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle
+    \mathbf \mathit \mathsf \boldsymbol \bm \underline \! \, \; \: \> \␣ \quad \qquad \( \) \[ \]
+    ~ $ ` " “ ” \boxed \fbox ¦ · \cdot \times \ast × ⋅ * ¦ - − – — ‐ ‑ ‒ ¦ / \div ÷ ⁄ ¦ ^ **
+    ¦ ≤ \le \leq \leqslant <= ¦ ≥ \ge \geq \geqslant >= ¦ < \lt ¦ > \gt ¦ ≠ \ne \neq != ¦ ≈ \approx
+    ¦ ± \pm ¦ ∓ \mp ¦ ∪ \cup ¦ ∈ \in ¦ ∞ \infty ¦ π \pi ¦ √ \surd ¦ ¶ \\ ¦ , 、 ¦ . 。 ¦ : \colon
+    ¦ ( \langle ⟨ ¦ ) \rangle ⟩ ¦ \{ \lbrace ¦ \} \rbrace ¦ | \vert \lvert \rvert \mid
+    ¦ \{␣\} \emptyset \varnothing ∅ ¦ (␣-␣∞␣,␣∞␣) ℝ \mathbbR ¦ … \ldots \dots ...
+    ¦ ⟦ \beginpmatrix \beginbmatrix ¦ ⟧ \endpmatrix \endbmatrix ¦ \theta θ ¦ ^␣2 ² ¦ ^␣3 ³
+    ¦ \frac \dfrac \tfrac \cfrac ¦ \frac␣12 ½ ¦ \frac␣13 ⅓ ¦ \frac␣23 ⅔ ¦ \frac␣14 ¼ ¦ \frac␣34 ¾
+    ¦ "%" % \% ¦ "$" \$ ¦ "¢" ¢ ¦ "€" € ¦ "£" £ ¦ "°" ° ^\circ ^° \circ \degree""")
+FUNCTIONS = {r"\tg": MP.tan, r"\lg": MP.log10, r"\log": MP.log10, r"\abs": abs} | {
+    "\\" + name: getattr(MP, name.replace("arc", "a"))
+    for name in str.split("sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln")
+}
+SPOKEN = {name[1:]: name for name in [*FUNCTIONS, r"\sqrt"]}
+SPOKEN |= {"pi": "π", "infinity": "∞", "and": "∧", "or": "∨", "yes": '"yes"', "no": '"no"'}
+UNITS = table("""% percent percentage pct ¦ ° degree deg ¦ C celsius ¦ F fahrenheit ¦ $ dollar usd
+    ¦ ¢ cent ¦ € euro ¦ £ ¦ lb pound ¦ oz ounce ¦ g gram ¦ kg kilogram ¦ mm ¦ cm centimeter
+    ¦ m meter ¦ km kilometer ¦ in inch inche ¦ ft foot feet ¦ yd yard ¦ mi mile ¦ mph ¦ acre
+    ¦ L liter ¦ mL ¦ gallon ¦ s sec second ¦ min minute ¦ h hr hour ¦ day ¦ week ¦ month ¦ yr year
+    ¦ rad radian ¦ unit ¦ point ¦ people ¦ children ¦ student ¦ way ¦ piece ¦ box boxe ¦ value ¦ dog
+    ¦ ^2 square sq ¦ ^3 cubic ¦ / per""")
+UNITS |= {word + "s": name for word, name in UNITS.items() if len(word) > 1}
+REWRITES = [  # of the text,
+    (r"(?a)(?<=\d)(?:\s*\{\s*,\s*\}|,\\!|\\[,;: ](?!\d+/))\s*(?=\d{3}(?!\d))", ""),  # 10{,}000
+    (  # 31,250 is one number, (31,250) a pair
+        r"(?as)(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?!.*(?:(?<!\\)[)\]]|\\\}))",
+        lambda number: number[0].replace(",", ""),
+    ),
+    (r"(?a)(?<![\w.])(\d+)\s+([1-9]\d*)/(\d+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
+    (r"\\(?:text)?color\s*\{\w+\}", ""),  # \color{red}{5}
+    (  # 0.1\overline{6} and 0.1(6) are 0.10 + 6/90
+        r"(?a)(?<!\d)(\d*\.(\d*))(?:\\(?:overline|bar)\s*\{|\()(\d+)[)}]",
+        lambda m: rf"(0{m[1]}0+\frac{{{m[3]}}}{{{'9' * len(m[3]) + '0' * len(m[2])}}})",
+    ),
+    (  # \text{sq. cm} is "sq" "cm"
+        r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname)\s*\{([^{}]*)\}",
+        lambda text: re.sub(r"(?i)(?<![\\a-z])([a-z]+)\.?(?!\d)", r'"\1" ', text[1]),
+    ),
+]
+AFTERWARDS = [  # and of its tokens
+    (r", ([∧∨])", r"\1"),  # 2, 3, and 4
+    (r"\| ([^|]*[^-|+·/ ]) \|", r"\\abs ( \1 )"),  # |x|, and once more:
+    (r"\| ([^|]*[^-|+·/ ]) \|", r"\\abs ( \1 )"),  # ||x| - 1|
+    (r"^([^≈]*[\d}π]) ≈ [\d.]+$", r"\1"),  # \sqrt2 ≈ 1.41 is its exact side
+    (r"\^ \{ (\d) \}", r"^ \1"),  # cm^{2}
+    ("¶ ⟧", "⟧"),  # the last line of a matrix may end with \\, too
+    (r'(\\(?:sin|cos|tan|cot|sec|csc) (?:[({] )?)([\d.]+) "°"', r"\1( \2 · π / 180 )"),
+    (r"(\\frac|\\sqrt) (\d)(?=\d)", r"\1 \2 "),  # \frac12 and \sqrt23 take one digit, as TeX does,
+    (r"(\\frac (?:[^{ ]+|\{(?:[^{}]|\{[^{}]*\})*\})) (?=\d\d)", r"\1 ? "),  # but not \frac{1}23
+    (  # 2\frac13 is two and a third; 2\frac73 has two readings
+        r"(?<!\S)(?<![\w.)}^] )(\d+) (\\frac (?:\{ (\d+) \} \{ (\d+) \}|(\d) (\d)(?!\d)))",
+        lambda m: f"( {m[1]} + {m[2]} )" if int(m[3] or m[5]) < int(m[4] or m[6]) else "?",
+    ),
+]
+TOKEN = re.compile(
+    r"""(?xa)
+      (?P<joined> \^\s*\{?\s*(?:\\circ|°)\s*\}? | \\(?:begin|end|mathbb)\s*(?:\{\w*\}|\w)
+        | (?:\d+|[a-zA-Z]|\\theta)_(?:\{[^{}]*\}|\w) )  # ^{\circ}, \begin{pmatrix}, x_1, 204_{5}
+    | \d{4}-\d\d-\d\d | \\frac\{d[^{}]*\}\{d\ ?[a-z]    # dates and dy/dx: nothing that we know
+    | (?: \d+ (?:\.\d+)? | \.\d+ ) (?:[eE][+-]?\d{1,3}(?!\d))?        # 12, 0.5, 3e5
+    | "? (?P<letters>[a-zA-Z]+(?!_)) "? | \\(?:[a-zA-Z]+|.) | [<>!]= | \*\* | \.\.\. | \S"""
+)
 
 
 def no_answer(gold: str) -> bool:
@@ -1885,114 +1903,64 @@ def as_text(answer: Any) -> str:
 
 
 def normalize_answer(answer: str | None) -> str:
-    r"""Return `answer` in the one spelling that the grammar reads; text stands in "quotes".
+    r"""Return the tokens of `answer`, each in the one spelling that the grammar reads.
 
     >>> normalize_answer(r"$\left[ \dfrac12,\, 10{,}000 \pi \right)$.")
-    '[\\frac{1}{2},10000π)'
+    '[ \\frac 1 2 , 10000 π )'
     """
-    text = as_text(answer).strip("* \t\r\n")
+    text, tokens = as_text(answer).strip("* \t\r\n"), []
     if len(text) > MAX_ANSWER:
         return text  # too long to be read: it will equal itself and nothing else
-    separator = r"(?<=[0-9])(?:\s*\{\s*,\s*\}|,\\!|\\,|\\[ ;:](?![0-9]+/))\s*(?=[0-9]{3}(?![0-9]))"
-    text = re.sub(separator, "", text.translate(WIDE))
-    text = SIGN.sub(lambda sign: PLAIN.get(sign[0], sign[0]), text).lstrip().rstrip(" .,;:\\¶\n")
-    if not re.search(r"[(\[]|\\\{", text):  # 31,250 is one number, (31,250) a pair
-        text = NUMBERS.sub(lambda number: number[0].replace(",", ""), text)
+    text = text.translate({wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)})  # （1，2）
     for pattern, new in REWRITES:
-        text = pattern.sub(new, text)
-    return text.strip()
+        text = re.sub(pattern, new, text)
+    for match in TOKEN.finditer(text):
+        token, letters, before = match[0], match["letters"], text[: match.start()][-1:]
+        if not letters:
+            token = re.sub(r"[\s{}]", "", token) if match["joined"] else token
+            tokens += SPELLING.get(token, token).split()
+        else:
+            low, quoted = letters.lower() if len(letters) > 2 else letters, token != letters
+            near = before.isspace() and re.search(r'(^|[^a-z] )[\d.]+$|"$', " ".join(tokens[-2:]))
+            unit = low in UNITS and len(letters) > 1 and (quoted or near)  # 5 cm, not \frac13 ml
+            word = len(letters) > 2 and {*low} & {*"aeiou"} and not before.isdigit()
+            if letters.lower() in SPOKEN:
+                tokens.append(SPOKEN[letters.lower()])
+            elif letters.isupper() and not unit and (not quoted or len(letters) > 1):
+                tokens.append(letters)  # AB is one name
+            else:  # salt is a word, xy is a product, and 2cm is 2·c·m
+                tokens += [f'"{low}"'] if unit or quoted or word else letters
+    text = " ".join(tokens).rstrip(" .,;:¶\\")
+    for pattern, new in AFTERWARDS:
+        text = re.sub(pattern, new, text)
+    return text
 
 
 class Node(NamedTuple):
-    """A piece of an answer: what it is, the signs or the name that it has, and its parts."""
+    """What was read: a value (tag: its name, if any; parts: its numbers at all points), words, a
+    row (tag: its brackets, or ':'), a set, a relation (parts: the difference of its sides), or a
+    choice, label or unit (tag: which one) and what it stands at."""
 
     kind: str
     tag: str = ""
-    parts: tuple[Node, ...] = ()
+    parts: tuple[Any, ...] = ()
 
 
-FUNCTIONS = {
-    "\\" + name: getattr(MP, name.replace("arc", "a"))
-    for name in str.split("sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln")
-} | {r"\tg": MP.tan, r"\ctg": MP.cot, r"\cotg": MP.cot, r"\lg": MP.log10, r"\log": MP.log10}
-UNITS = table("""% percent percentage pct ¦ ° degree deg ¦ °C celsius C ¦ °F fahrenheit F ¦ $ dollar usd ¦ ¢ cent
-    ¦ € euro ¦ £ ¦ lb pound ¦ oz ounce ¦ ton ¦ g gram ¦ mg ¦ kg kilogram ¦ mm ¦ cm centimeter centimetre
-    ¦ m meter metre ¦ km kilometer kilometre ¦ in inch inches ¦ ft foot feet ¦ yd yard ¦ mi mile ¦ mph ¦ acre
-    ¦ L l liter litre ¦ mL ml ¦ gal gallon ¦ s sec second ¦ min minute ¦ h hr hour ¦ day ¦ week ¦ month ¦ yr year
-    ¦ rad radian ¦ unit ¦ points ¦ people ¦ men ¦ adult ¦ women ¦ children ¦ student ¦ way ¦ piece ¦ box boxes
-    ¦ value ¦ dog ¦ apple ¦ ^2 square sq ¦ ^3 cubic ¦ / per""")
-SPOKEN = {name[1:]: name for name in [*FUNCTIONS, r"\sqrt"]}
-SPOKEN |= {"pi": "π", "infinity": "∞", "yes": '"yes"', "no": '"no"'}
-TOKEN = re.compile(
-    r"(?a)(?:\d+|[A-Za-z]|\\theta)_(?:\{[^{}]*\}|\w)|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
-    r'|"[^"]*"|\\(?:[a-zA-Z]+|.)|[A-Za-z]+(?!_)|\S'
-)
-
-
-def tokenize(text: str) -> list[str]:
-    """Cut normal text into numbers, names, commands, signs and "words"."""
-    tokens: list[str] = []
-    alone = re.fullmatch('[A-Za-z" ]*', text)
-    for match in TOKEN.finditer(text):
-        token, before = match[0], text[: match.start()][-1:]
-        low = token.lower()
-        if low.strip('" ') in SPOKEN:
-            tokens.append(SPOKEN[low.strip('" ')])
-        elif len(token) == 1 or token.isupper() or not token.isalpha():  # AB is one name
-            tokens.append(token)
-        else:  # xy is a product, and 2cm is 2·c·m; salt is a word
-            word = alone or len(low) > 2 and list(low) != sorted({*low})
-            word = word and {*low} & {*"aeiou"} or before == " " and unit_of(token)
-            tokens += [f'"{token}"'] if word and not before.isdigit() else token
-    return tokens
-
-
-def unit_of(text: str) -> str:
-    """Name the unit that `text` says, in one spelling; '' if it is none that we know."""
-    text = re.sub(r'[{}".]|degrees? (?=[CFcf])', "", text.replace('""', " "))
-    words = re.findall(r"°[CF]|\^[23]|[^\W\d_]+|\S", text)
-    words = [word if len(word) < 3 else word.lower() for word in words]
-    names = [UNITS.get(w, UNITS.get(w[:2] + w[2:].removesuffix("s"), "")) for w in words]
-    known = all(names) and sum(name[0] not in "^/" for name in names) == names.count("/") + 1
-    return " ".join(names if "/" in names else sorted(names)) if known else ""
-
-
-LEVELS = [*map(tuple, (",;∨", "=<>≤≥≠∈", "∪:", "+-", "·/"))]
+LEVELS = ["[,;∧∨]", "[=<>≤≥≠∈]", "[∪:]", "[-+]", "[·/]"]  # which signs join what
 LIST, RELATION, UNION, SUM, PRODUCT = range(5)
 OPERATIONS = {"+": add, "-": sub, "·": mul, " ": mul, "/": truediv}
-ENDS = {"(": (")]", ",;"), "[": (")]", ",;"), "{": ("}", ""), "|": ("|", "")}  # and what separates
-ENDS |= {"⟦": ("⟧", "&¶"), r"\{": ((r"\}",), ",;∨")}
-KINDS = {"⟦⟧": "matrix", r"\{\}": "set"} | dict.fromkeys(("()", "[]", "(]", "[)"), "row")
-GREEK = r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|tau)"
-NAME = re.compile(rf"[a-zA-Z]|[A-Z]+|{GREEK}|\w+_.*", re.ASCII)
-CHOICE = re.compile(r'"\(([A-J])\) ?"(?!.*\([A-J]\))(?=[\w($\\])')  # \textbf{(C) }42 is C, and 42
-LABELS = re.compile(  # f(x) =, (x,y) =, a_n =, |AB| =, "Area" =, m+n =; x = is for the grammar
-    r'([fghpqA-Z]\(\w+(?:[=|,]\w+)*\)|[a-zA-Z]_\{?[a-z]\}?|(?:m ?)?\\angle ?(?:[A-Z]+|\d)|\|[A-Z]+\||"[a-zA-Z ]+"'
-    r"|\((?:x,y(?:,z)?|a,b(?:,c)?|m,n|p,q|r,\\theta)\)|[a-df-hj-w](?:\+[a-df-hj-w]){1,4}|[A-Z][a-z]+|\{[A-Za-z]\})"
-    r" ?[=∈](?=[^=<>≤≥≠∈;]+$)"
+CHEAP = {*OPERATIONS.values(), abs, neg, pos}
+ENDS = {"(": ("[])]", "[,;]"), "[": ("[])]", "[,;]"), "{": ("}", "(?!)"), "⟦": ("⟧", "[&¶]")}
+ENDS |= {r"\{": (r"\\}", "[,;∧∨]")}  # what closes, and what separates
+GREEK = r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)"
+NAME = rf"(?a)[a-zA-Z]|[A-Z]+|\w+_.*|{GREEK}"  # of a variable; 204_5 is in another base
+FACTOR = r"[(√].*|\\?[^\W\d_].*"  # what follows without a sign: no number (1 2 and 1{2} are not 2)
+CHOICE = re.compile(r'\( "([A-J])" \) (?!.*\( "[A-J]" \))(?=[\w($\\])')  # \textbf{(C) }42
+LABEL = re.compile(  # f(x) =, (x,y) =, a_n =, |AB| =, "Area" =, m+n =; x = is for the grammar
+    r"([fghpqA-Z] \( \w+(?: [|,] \w+)* \)|\( (?:x , y(?: , z)?|a , b|m , n|p , q|r , \\theta) \)"
+    r'|[a-zA-Z]_[a-z]|\\abs \( [A-Z]+ \)|(?:m )?\\angle (?:[A-Z]+|\d)|(?:"[a-z]+" ?)+|\{ \w \}'
+    r"|[a-df-hj-w](?: \+ [a-df-hj-w]){1,4}) ?[=∈] (?=[^=<>≤≥≠∈;]+$)"
 )
-
-
-EXACT = {*OPERATIONS.values(), abs, neg, pos}
-VALUES = {"value", "name"}
-
-
-def power(x: Any, y: Any) -> Any:
-    """Take a power or a root: the real one if there is one."""
-    bits = max(map(int.bit_length, x.as_integer_ratio())) if isinstance(x, Fraction) else 1
-    if abs(y) * bits > MAX_BITS or not x and y <= 0:
-        raise OverflowError  # 0^0, too
-    if isinstance(y, Fraction) and isinstance(x, Fraction) and y.denominator == 1:
-        return x**y.numerator
-    if isinstance(y, Fraction) and y.denominator in (3, 5, 7, 9) and not x.imag and x < 0:
-        return MP.power(-x, y) * (-1) ** y.numerator
-    return MP.power(x, y)
-
-
-def prose(text: str) -> Node:
-    """Fold the spacing and the case of words, but of nothing that may be algebra."""
-    words = re.fullmatch(r"(?=.*[a-zA-Z]{3})[\"\sa-zA-Z.'-]+", text)
-    return Node("words", re.sub(r'["\s.]', "", text).lower() if words else text)
 
 
 class Comparison:
@@ -2000,7 +1968,6 @@ class Comparison:
 
     def __init__(self, a: str, b: str) -> None:
         self.seed, self.steps, self.variables = a + b, 0, {}
-        self.complex = bool(re.search(r"(?<![a-z\\])i|\(-1\)\^", self.seed))
         MP.dps = 180 + 2 * len(self.seed)  # sin(10^-40) is still not 10^-40
         self.noise = -int(3.3219 * (MP.dps - 60))  # in bits; no number that we compute errs as much
 
@@ -2011,71 +1978,63 @@ class Comparison:
 
     def each(self, operation: Callable, *nodes: Node) -> Node:
         """Apply an operation to values, at each of the points."""
-        if any(node.kind not in VALUES for node in nodes):
+        if any(node.kind != "value" for node in nodes):
             raise Unsure("no value")
         columns = [*zip(*(node.parts for node in nodes))]  # constants are the same at all points
         results = {xs: self.apply(operation, xs) for xs in dict.fromkeys(columns)}
         return Node("value", "", tuple(results[xs] for xs in columns))
 
     def apply(self, operation: Callable, xs: tuple[Any, ...]) -> Any:
-        """Compute exactly if we can, else with MP; None is what cannot be computed."""
-        self.spend(2)
+        """Compute one number; None is what cannot be computed, or is out of reach."""
+        cheap = operation in CHEAP or operation is pow and MP.isint(xs[1] or 0)
+        self.spend(2 + (MP.prec // 1000) ** 2 if cheap else 11 + (MP.prec // 250) ** 2)
         try:
-            ready = operation is power or all(isinstance(x, Fraction) for x in xs)
-            x = operation(*(xs if ready else map(MP.convert, xs)))
+            x = operation(*xs)
+            parts = [MP.zero if MP.mag(part) < self.noise else part for part in (x.real, x.imag)]
         except (ArithmeticError, ValueError, TypeError, AttributeError):  # 1/0, or a number is None
             return None
-        if isinstance(x, Fraction):
-            bits = max(x.numerator.bit_length(), x.denominator.bit_length())
-            self.spend(bits // 50)
-            return x if bits <= MAX_BITS else None
-        self.spend(0 if operation in EXACT else 9 + (MP.prec // 250) ** 2)
-        parts = [MP.zero if MP.mag(part) < self.noise else part for part in (x.real, x.imag)]
         # What is left of a difference is nothing; a product that small is only out of reach.
-        lost = x and not any(parts) and operation in (mul, truediv, power, MP.exp)
-        if lost or any(part and not abs(MP.mag(part)) <= MAX_SIZE for part in (*xs, *parts)):
+        lost = x and not any(parts) and operation in (pos, mul, truediv, pow, MP.exp)
+        if lost or any(part and not abs(MP.mag(part)) <= MAX_SIZE for part in parts):
             return None
         return MP.mpc(*parts) if parts[1] else parts[0]
 
     def constant(self, x: Any) -> Node:
-        return self.each(pos, Node("value", "", (x,) * len(FAR)))
+        return self.each(pos, Node("value", "", (MP.convert(x),) * len(FAR)))
 
     def variable(self, name: str) -> Node:
         """Give a variable its random numbers: all signs; far away, too: |x + 9| is not x + 9."""
         if name not in self.variables:
             draw, nth = random.Random(f"{self.seed} {name}").randint, len(self.variables)
-            signs = (i >> nth if nth < 3 else draw(0, 1) for i in range(len(FAR)))
             self.variables[name] = tuple(
-                (-1) ** sign * far * Fraction(draw(1000, 3000), draw(1000, 3000))
-                for sign, far in zip(signs, FAR)
+                (-1) ** (i >> nth if nth < 3 else draw(0, 1)) * far * MP.mpf(draw(999, 2999)) / 1717
+                for i, far in enumerate(FAR)
             )
-        return Node("name", name, self.variables[name])
+        return Node("value", name, self.variables[name])
 
     def agree(self, a: Node, b: Node) -> bool:
-        """Say whether two values are the same wherever both are real numbers."""
+        """Say whether two values are the same at all points where there are any."""
         pairs = list(dict.fromkeys(zip(a.parts, b.parts)))
-        if any((x is None) != (y is None) for x, y in pairs[:4]):
-            return False  # (farther away, numbers may grow too large on one side only)
-        real = len(pairs) > 1 and not self.complex
-        known = [p for p in pairs if None not in p and not (real and p[0].imag and p[1].imag)]
+        known = [pair for pair in pairs if None not in pair]  # far away, numbers grow too large
+        real = [(x, y) for x, y in known if not (x.imag and y.imag)]
+        known = real if len(real) > 1 else known  # for √x = √x, x > 0 is meant
         return len(known) >= min(2, len(pairs)) and all(self.apply(sub, p) == 0 for p in known)
 
     def same(self, a: Node, b: Node) -> bool:
         """Compare structures piece by piece."""
-        self.spend(5)
-        kinds = {a.kind, b.kind}
+        self.spend(1)
         for kind in ("choice", "label", "unit"):  # what one side has, the other need not have
             a, b = (b, a) if a.kind != kind == b.kind else (a, b)
             if a.kind == kind != b.kind:  # x = 5 against 5, but also against 2x = 10
                 chosen = kind == "choice" and a.tag == b.tag
                 return chosen or self.same(a.parts[-1 if b.kind == "relation" else 0], b)
-        if kinds <= VALUES:
+        if a.kind == b.kind == "value":
             return self.agree(a, b)
-        if kinds == {"set"}:
+        if a.kind == b.kind == "set":
             return (a.tag == "∪") == (b.tag == "∪") and self.matched(a.parts, b.parts)
-        listed = kinds == {"set", "row"} and len(a.parts) > 2 and "" in (a.tag, b.tag)
-        if (a.kind, a.tag) != (b.kind, b.tag) and not listed:  # 1,2,3 may be (1,2,3), but no pair
-            return False
+        bare = {a.kind, b.kind} == {"set", "row"} and a.tag + b.tag in ("()", "[]")
+        if (a.kind, a.tag) != (b.kind, b.tag) and not (bare and len(a.parts) > 2):
+            return False  # 1,2,3 may be (1,2,3), but 1,2 is no pair
         if a.kind == "label":
             return self.same(a.parts[0], b.parts[0])
         if a.kind == "relation":  # equal up to a factor
@@ -2093,77 +2052,73 @@ class Comparison:
         each_once = len({*tags}) == len(a) and {*tags} == {*others} and "" not in tags
         if len(a) != len(b) or not (alike or each_once):  # x=1, y=2, x=3, y=4 or 3 hours, 20
             return False
-        rest = list(b)
-        for x in a:
-            hit = next((i for i, y in enumerate(rest) if self.same(x, y)), None)
-            if hit is None:
-                return False
-            rest.pop(hit)
-        return True
+        same = self.same  # 1, 1, 2 is not 1, 2, 2
+        return all(sum(same(x, y) for y in b) == sum(same(x, y) for y in a) > 0 for x in a)
 
     # Reading: recursive descent that computes as it reads.
 
     def read_answer(self, text: str) -> Node:
         """Read normal text; what the grammar does not know is words."""
-        for kind, pattern in (("choice", CHOICE), ("label", LABELS)):
+        for kind, pattern in (("choice", CHOICE), ("label", LABEL)):
             if match := pattern.match(text):
                 return Node(kind, match[1], (self.read_answer(text[match.end() :]),))
         if len(both := re.split("[±∓]", text)) == 2 and "," not in text:
             return Node("set", "", tuple(self.read_answer(sign.join(both)) for sign in "+-"))
-        text = re.sub(r'^"([^"]*[^"a-zA-Z][^"]*)"$', r"\1", text)
-        self.tokens, self.bars = ["", *reversed(tokenize(text))], False
+        self.tokens = ["", *reversed(text.split())]
         with contextlib.suppress(Unsure, ValueError, LookupError, RecursionError):
             node = self.read()
             if not self.tokens[-1]:
                 return node
-        return prose(text)
+        return Node("words", text)
 
-    def take(self, *wanted: str) -> str:
-        return self.tokens.pop() if self.tokens[-1] in wanted else ""
+    def sees(self, pattern: str) -> bool:
+        return bool(re.fullmatch(pattern, self.tokens[-1]))
 
-    def skip(self, pattern: str) -> list[str]:
-        """Take all tokens that begin with the pattern."""
-        found = []
-        while re.match(pattern, self.tokens[-1]):
-            found.append(self.tokens.pop())
-        return found
+    def take(self, pattern: str) -> str:
+        return self.tokens.pop() if self.sees(pattern) else ""
 
     def read(self, level: int = LIST) -> Node:
         """Read one level of the grammar: parts of the next level, between its signs."""
         part = self.factor if level == PRODUCT else lambda: self.read(level + 1)
+        said = self.take('"[$€£]"') if level == SUM else ""
         parts, signs = [part()], ""
-        while self.tokens[-1] in LEVELS[level] or level == PRODUCT and self.starts_factor():
-            signs += self.take(*LEVELS[level]) or " "
+        while sign := self.take(LEVELS[level]) or " " * (level == PRODUCT and self.sees(FACTOR)):
+            signs += sign
             parts.append(part())
         if "/ " in signs:
             raise Unsure("1/2x has two readings")
         if signs and level in (LIST, RELATION):
             return (self.relation if level else self.listed)(tuple(parts), signs)
         if signs and level == UNION:
-            return Node("ratio" if ":" in signs else "set", signs[0], tuple(parts))
+            return Node("row" if ":" in signs else "set", signs[0], tuple(parts))
         node = parts[0]
         for sign, other in zip(signs, parts[1:]):
             node = self.each(OPERATIONS[sign], node, other)
-        if level == SUM and self.tokens[-1][:1] in ('"', "°"):
-            node = Node("unit", unit_of("".join(self.skip(r"[\"°/^{}23hCF]"))), (node,))
-            if not node.tag:
-                raise Unsure("a unit that we do not know")
+        if level == SUM and (said or self.sees('".+"')):
+            return Node("unit", self.unit(said), (node,))
         return node
 
-    def starts_factor(self) -> bool:
-        """Say whether a factor follows without a sign; no number may (1 2 and 1{2} are not 2)."""
-        return bool(re.match(r"[(√]|\\?[^\W\d_]" + r"|\|" * (not self.bars), self.tokens[-1]))
+    def unit(self, said: str) -> str:
+        """Read a unit; return it in one spelling."""
+        while word := self.take(r'".+"|[\^23/CFhs]'):
+            said += " " * (said[-1:] != "^") + word.strip('"')
+        names = [UNITS.get(name.strip('"'), "") for name in said.split()]
+        main = sum(name not in ("^2", "^3", "/", "°") for name in names)
+        if not all(names) or main != names.count("/") + 1 and names != ["°"]:
+            raise Unsure("a unit that we do not know")
+        return " ".join(names if "/" in names else sorted(names))
 
     def factor(self, powers: bool = True) -> Node:
-        r"""Read a factor; \frac, \sqrt and ^ take one without a power."""
-        signs, node = self.skip("[-+]"), self.atom()
-        if node.kind == "infinity":
-            return Node("infinity", "".join(signs) or "+")
-        if powers and self.take("^"):
-            node = self.each(power, node, self.factor(powers=False))
-        for sign in signs:
-            node = self.each(neg if sign == "-" else pos, node)
-        return node
+        """Read a factor; what stands in a power has none itself."""
+        signs = ""
+        while sign := self.take("[-+]"):
+            signs += sign
+        node = self.atom()
+        if node.tag == "∞":
+            return Node("words", (signs or "+") + "∞")
+        if powers and self.take(r"\^"):
+            node = self.each(pow, node, self.factor(powers=False))
+        return self.each(neg if signs.count("-") % 2 else pos, node) if signs else node
 
     def atom(self) -> Node:
         token = self.tokens.pop()
@@ -2175,56 +2130,54 @@ class Comparison:
         if token == r"\frac":
             return self.each(truediv, self.factor(powers=False), self.factor(powers=False))
         if token in ("√", r"\sqrt"):
-            degree = self.read(SUM) if self.take("[") else self.constant(Fraction(2))
+            degree = self.read(SUM) if self.take(r"\[") else self.constant(2)
             self.take("]")
-            return self.each(lambda n, x: power(x, 1 / n), degree, self.factor(powers=False))
-        if token == "∞":
-            return Node("infinity")
+            return self.each(lambda n, x: x ** (1 / n), degree, self.factor(powers=False))
         if token in ("π", "e", "i"):
             return self.constant({"π": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}[token])
-        if re.fullmatch('"..+"', token):
-            return prose(token + "".join(self.skip('"')))
-        if re.match(r"[\d.](?!\w*_)", token):
-            return self.constant(Fraction(token))
+        if re.fullmatch('"..+"|∞', token):
+            while word := self.take('".+"'):
+                token += " " + word
+            return Node("words", token)
+        if re.match(r"(?a)[\d.](?!\w*_)", token):
+            return self.constant(MP.mpf(token))
         name = token.strip('"')
-        if name in tuple("fgFGP") and self.tokens[-1] == "(" or not NAME.fullmatch(name):
+        if name in tuple("fgFGP") and self.tokens[-1] == "(" or not re.fullmatch(NAME, name):
             raise Unsure("no value, or f(2x), which is not 2 f(x)")
         return self.variable(name)
 
     def bracket(self, opened: str) -> Node:
         """Read what stands in brackets: one value, a row, a set, a matrix."""
-        outer, self.bars = self.bars, opened == "|"
-        parts, marks, (closing, separators) = [], "", ENDS[opened]
-        while opened == "|" and not parts or self.tokens[-1] not in closing:
+        parts, marks, (closing, separator) = [], "", ENDS[opened]
+        while not (closed := self.take(closing)):
             parts.append(self.read(RELATION))
-            marks += self.take(*separators)
-        ends, self.bars = opened + self.take(*closing), outer
-        if ends in ("()", "{}", "||") and len(parts) == 1 and not marks:
-            return self.each(abs, *parts) if ends == "||" else parts[0]
-        kind, torn = KINDS.get(ends), len(parts) - len(marks) != bool(parts)
-        if torn or not kind or kind != "set" and not marks:
-            raise Unsure("[5] and {1,2} may be many things")
-        return Node(kind, marks if kind == "matrix" else ends, tuple(parts))
+            marks += self.take(separator)
+        ends = opened + closed
+        if ends in ("()", "{}") and len(parts) == 1 and not marks:
+            return parts[0]
+        alone = opened in "([{" and len(parts) < 2
+        if alone or opened == "{" or len(parts) - len(marks) != bool(parts):
+            raise Unsure("[5] and {1,2} may be many things, and (1,) is torn")
+        kind = "set" if opened == r"\{" else "row"
+        return Node(kind, marks if opened == "⟦" else ends, tuple(parts))
 
     def call(self, name: str) -> Node:
         r"""Read \sin^2 3x or \log_2(8); a bare argument runs on while factors are juxtaposed."""
-        base = [self.atom()] if name == r"\log" and self.take("_") else []
-        exponent = self.factor(powers=False) if self.take("^") else self.constant(Fraction(1))
-        bracket = self.tokens[-1] in ("(", "{", "|")
+        base = [self.factor(powers=False)] if name == r"\log" and self.take("_") else []
+        exponent = self.factor(powers=False) if self.take(r"\^") else self.constant(1)
+        bracket = self.tokens[-1] in ("(", "{")
         x = self.atom() if bracket else self.factor()
-        while not bracket and self.starts_factor() and self.tokens[-1] not in FUNCTIONS:
+        while not bracket and self.sees(FACTOR) and self.tokens[-1] not in FUNCTIONS:
             x = self.each(mul, x, self.factor())
-        if x.kind == "unit" and x.tag == "°" or not bracket and self.take("°"):
-            x = self.each(MP.radians, x.parts[0] if x.kind == "unit" else x)
-        unclear = ("^", "°") if bracket else ("^", "/")
-        if exponent.parts[0] not in range(1, 10) or self.tokens[-1] in unclear:
+        unclear = "(?!)" if name == r"\abs" else r"\^" if bracket else r"\^|/"
+        if exponent.parts[0] not in range(1, 10) or self.sees(unclear):
             raise Unsure("sin^{-1} x, sin(x)^2 and sin x/2 have two readings")
-        return self.each(power, self.each(MP.log if base else FUNCTIONS[name], x, *base), exponent)
+        return self.each(pow, self.each(MP.log if base else FUNCTIONS[name], x, *base), exponent)
 
     def listed(self, items: tuple[Node, ...], signs: str) -> Node:
         """Make a set of what ',' and 'or' separate."""
         labels = {item.tag for item in items if item.kind == "label"}
-        names = any(item.kind in ("name", "words") for item in items)
+        names = any(item.tag and item.kind in ("value", "words") for item in items)
         if ";" in signs and len({*signs}) > 1 or "∨" in signs and (names or len(labels) > 1):
             raise Unsure("1; 2, 3 has two readings; x = 1 or y = 2 is a choice not made")
         if "∨" in signs and all(self.same(items[0], item) for item in items[1:]):
@@ -2234,23 +2187,23 @@ class Comparison:
 
     def relation(self, sides: tuple[Node, ...], signs: str) -> Node:
         """Make a label of what says all about one name, else an equation or an inequality."""
-        if set(signs) <= set(">≥") or signs in ("=", "≠") and sides[1].kind == "name":
+        if {*signs} <= {*">≥"} or signs in ("=", "≠") and sides[1].tag in self.variables:
             sides, signs = sides[::-1], signs[::-1].translate(str.maketrans(">≥", "<≤"))
-        low, high = Node("infinity", "-"), Node("infinity", "+")
         name, value, *_ = sides  # b > x > a is a < x < b, from here on
-        known = len(signs) == 1 and {name.kind, value.kind} <= VALUES
+        known = len(signs) == 1 and name.kind == value.kind == "value"
         equation = [Node("relation", signs, (self.each(sub, name, value),))] if known else []
+        low, high = Node("words", "-∞"), Node("words", "+∞")
+        left, right = {"<": "(", "≤": "["}, {"<": ")", "≤": "]"}
         if signs == "≠":
             rows = (Node("row", "()", ends) for ends in ((low, value), (value, high)))
             value = Node("set", "∪", tuple(rows))
-        elif signs not in ("=", "∈"):
-            if len(signs) == 1:  # the other end is infinitely far away
-                at = name.kind != "name"
-                sides, signs = (low, *sides, high)[at : at + 3], f"<{signs}<"[at : at + 2]
-            low, name, high = sides
-            ends = {"<": "(", "≤": "["}[signs[0]] + {"<": ")", "≤": "]"}[signs[1]]
-            value = Node("row", ends, (low, high))
-        if name.kind == "name" and (value.kind not in VALUES or len({*value.parts}) == 1):
+        elif len(signs) == 2:
+            name, value = value, Node("row", left[signs[0]] + right[signs[1]], sides[::2])
+        elif signs in left and name.tag in self.variables:
+            value = Node("row", "(" + right[signs], (low, value))
+        elif signs in left:
+            name, value = value, Node("row", left[signs] + ")", (name, high))
+        if name.tag in self.variables and (value.kind != "value" or len({*value.parts}) == 1):
             return Node("label", name.tag, (value, *equation))
         return equation[0]  # the IndexError of a relation of other things makes words of it
 
@@ -2272,15 +2225,12 @@ def readable(gold: str) -> bool:
     text = normalize_answer(gold)[:MAX_ANSWER]
     with LOCK:
         node = Comparison(text, "").read_answer(text)
-    return not no_answer(gold) and (node.kind != "words" or node.tag.isalpha())
+    words = re.sub('[" ]', "", node.tag)
+    return not no_answer(gold) and (node.kind != "words" or words.isalpha())
 
 
 def verify(text: str | None, gold: str | float | None) -> bool:
-    r"""Say whether the final answer of `text` equals `gold`: r(x, y) in one call.
-
-    >>> verify(r"Step by step: 282 + 1410 = \boxed{1692}", "1692"), verify("1692", "1692")
-    (True, False)
-    """
+    """Say whether the final answer of `text` equals `gold`: r(x, y) in one call."""
     return is_equiv(extract_answer(text), gold)
 
 

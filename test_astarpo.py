@@ -408,8 +408,7 @@ x > 3 | (3,\infty) | 3 < x | (3,+\infty) | x \in (3, \infty) ;; x \le 4 | (-\inf
     "words and units": r"""
 \begin{pmatrix}1\\2\end{pmatrix} | \mathbf{v} = \begin{pmatrix}1\\2\end{pmatrix} ;; 36 | 36\text{ points} | 36 \text{
 hrs} | 36 \text{ mL} | 36 \text{ children} ;; \text{A, C} | A and C ;; 60 | 60\text{ rad} | 60\text{ km/h} ;; 18 |
-18^\circ\text{C} | 18°C | 18^{\circ}\text{ F} ;; \begin{pmatrix}1&2\\3&4\end{pmatrix} |
-\left[\begin{array}{cc}1&2\\3&4\end{array}\right] | (\begin{matrix}1&2\\3&4\end{matrix}) ;; 42 | 42. | $42$ | \(42\) |
+18^\circ\text{C} | 18°C | 18^{\circ}\text{ F} ;; 42 | 42. | $42$ | \(42\) |
 42.0 ;; 10 | 10\% | 10\text{ units} | 10^\circ | 10^{\circ} ;; 34 | 34\text{ sq. units} | 34\text{ cm}^{2} ;; x<1 or
 x>2 | (-\infty,1)\cup(2,\infty) | x > 2 \text{ or } x < 1 ;; 1,2 | 2,1 | 1 and 2 | 1 \text{ and } 2 | \{1,2\} ;; 2, 3,
 \text{ and } 4 | 2,3,4 | 4, 3 and 2 | \{2,3,4\} ;; -2 \text{ or } -12 | -2, -12 ;; 1 \pm \sqrt{19} | 1+\sqrt{19},
@@ -433,12 +432,12 @@ degrees | 90 \text{ degrees} ;; 2x \ge 4 | x \ge 2 ;; “42” | 42 ;; "42" | 42
 347/6 | 57 5/6 | 57\frac56 ;; 57\frac{4}{6} | \frac{346}{6} | \frac{173}{3} | 57\frac{2}{3} ;; -15\frac{3}{5} | -15.6 |
 -\frac{78}{5} ;; 0.\overline{3} | 1/3 | 0.\bar{3} | 0.3\overline{3} | .\overline{3} ;; 0.1\overline{6} | \frac16 ;; 3
 \times 10^{5} | 300000 | 300,000 | 3\cdot10^5 | 3e5 ;; \sqrt{12} | 2\sqrt{3} | 2\sqrt3 | \sqrt3 \cdot 2 | 2√3 ;;
-\sqrt{2}\sqrt{3} | \sqrt{6} ;; \sqrt[3]{8} | 2 | \sqrt4 | \log_2 4 | \sqrt{2}\cdot\sqrt{2} ;; \sqrt[3]{-8} | -2 ;;
+\sqrt{2}\sqrt{3} | \sqrt{6} ;; \sqrt[3]{8} | 2 | \sqrt4 | \log_2 4 | \sqrt{2}\cdot\sqrt{2} ;;
 \frac{1+\sqrt5}{2} | \frac{2}{\sqrt{5}-1} | \frac12+\frac{\sqrt{5}}{2} ;; \frac{\sqrt[3]{4}}{6} |
 \frac{1}{3\sqrt[3]{2}} | \frac{4^{1/3}}{6} ;; 2\pi | \pi \cdot 2 | 2π | 2 pi | \frac{4\pi}{2} ;; \frac{9}{4}\pi |
 \frac{9\pi}{4} | 2.25\pi ;; 1+\cos\pi | 0 | \sqrt2\sqrt2-2 ;; e^{i\pi} | -1 | i^2 | \cos\pi ;; e^2 | e \cdot e ;; \ln 8
 | 3\ln 2 | \ln(8) | 3 \ln{2} ;; \log 100 | 2 ;; \tan 15^\circ | 2-\sqrt3 | \tan\frac{\pi}{12} ;; 6+9i | 9i+6 | 3(2+3i)
-;; \frac{1}{1+i} | \frac{1-i}{2} | \frac12-\frac{i}{2} ;; \sqrt{-4} | 2i ;; 2^{4950} | 4^{2475} | 2 \cdot 2^{4949} ;;
+;; \frac{1}{1+i} | \frac{1-i}{2} | \frac12-\frac{i}{2} ;; \sqrt{-4} | 2i ;; 2^{4950} | 2^{ 4950} ;; 2^{125} | 4^{62} \cdot 2 ;;
 -37_8 | -37_{8} ;; 3:5 | 3 : 5 ;; 2007 + \frac\pi 2 | 2007+\pi/2 ;; 1\frac{4}{5} | 9/5 | 1.8 | 1 4/5 ;; 66.(3) | 199/3
 ;; 0.1(6) | 1/6
 """,
@@ -493,7 +492,7 @@ notfound | notfound ;; 7:32 | 32:7 | 7,32 ;; 1 000 | 1 | 1, 000 ;; 1 000 1 | 100
 \cos y | \sin y \cos x ;; \exp(2) | 2e | \exp(3) ;; \arcsin(1/2) | \arccos(1/2) ;; \arctan 1 | \tan 1 | 45 ;; \tan^{-1}
 1 | \frac{1}{\tan 1} ;; |x| | x | -x ;; |x-1| | |1+x| ;; |-5| | -5 ;; \lg 2 | \ln 2 ;; e^{-1000} | 0 | e^{-1001} ;;
 10^{-200}\sqrt2 | 0 ;; \sin(10^{-50}) | 10^{-50} ;; x+1 | |x+1| ;; 2^{-x} | -2^x | 2^x ;; \log_2 3 | \log_3 2 | \log 3
-;; \ln x^2 | (\ln x)^2 ;; \sin x^2 | \sin^2 x
+;; \ln x^2 | (\ln x)^2 ;; \sin x^2 | \sin^2 x ;; x^2\frac12 | x^{5/2} ;; x^{50}+1 | x^{50}+2 ;; a+bi | a-bi
 """,
     "labels, equations and inequalities": r"""
 x \ne 5 | x \ne 6 | y \ne 5 | (-\infty,5]\cup(5,\infty) ;; f(x) = 2x | g(x) = 2x | y = 2x | 2t ;; \angle A = 45 |
@@ -509,7 +508,7 @@ m+n=114 ;; |AB| = 5 | |AC| = 5 | -5 ;; \text{Area} = 42 | \text{Perimeter} = 42 
 ;; A(x)=x^2 | A(x)=x^3 | B(x)=x^2 ;; a_n = 2^n | b_n=2^n | 2^{n+1} ;; S_1 : S_2 = 7:32 | 32:7 | 7/32 ;; 2x \text{ for }
 x>0 | 2x ;; \sqrt3 \approx 1.7 | 1.7 | \sqrt2 ;; 42 \text{ approximately} | 42 ;; x=2,3 | y=2,3 ;; f^{-1}(x) = x+1 |
 f(x)=x+1 ;; f'(x)=2x | f(x)=2x ;; [0,1] \cup [1,2] | [0,2) | [0,1]\cup[2,3] | [0,1) \cup (1,2] ;; [0,1) \cup (1,2] |
-[0,2] ;; x<1 or x>2 | y<1 or y>2 | x<1 or x>=2 | x<1, x>2 ;; x<1 or x<2 | x<1 ;; 5 \text{ left} | 5
+[0,2] ;; x<1 or x>2 | y<1 or y>2 | x<1 or x>=2 | x<1, x>2 ;; x<1 or x<2 | x<1 ;; 5 \text{ left} | 5 ;; 1<x<2<3 | 1<x<2 | 2<x<3 ;; +(1,2) | (1,2)
 """,
     "rows, sets and lists": r"""
 1,250(x+1) | 1(x+1) ;; (-1)^{n} | -1 | 1 ;; 0\infty | 0 ;; \infty-\infty | 0 ;; \frac{\infty}{\infty} | 1 ;;
@@ -540,7 +539,9 @@ y=5 | x=5, y=5 ;; 1, 2, \ldots, 10 | 1,2,10 ;; 3 \text{ hours}, 20 | 20 \text{ h
 -i | 1 ;; 0.5 | ,5 ;; \sqrt{23} | \sqrt23 ;; 1 | 1/0 ;; \sqrt{2}-\sqrt{2}+1e-300 | 0 ;; 1/(\sqrt2\sqrt2-2) | 5 ;; 0 |
 1/0 | 0/0 ;; 1/0 | 2/0 ;; 0^0 | 1/0 ;; \clubsuit | \spadesuit ;; $5$$5$ | 55 ;; 3.4.5 | 3.45 ;; 1-2 | 12 | 1,2 ;; --5 |
 -5 ;; 2(3) | 23 ;; \frac{0}{5} | 5 ;; -0 | 5 ;; 10 | 10^2 ;; 10^{10} | 1010 ;; 12^{1/7} | \frac{12}{7} ;; AE | ae ;;
-66.(3) | 198 | 66.3 | 663/10 ;; 0.1(6) | 0.6 | 0.16 ;; 0.5(3) | 1.5
+66.(3) | 198 | 66.3 | 663/10 ;; 0.1(6) | 0.6 | 0.16 ;; 0.5(3) | 1.5 ;; 10^{50}+1 | 10^{50} ;; 10^{-200}+1 | 1 ;;
+\sqrt{10^{39}+1} | \sqrt{10^{39}} ;; \frac{1}{3^{80}} | \frac{1}{3^{80}+1} ;; \frac{1}23 | \frac{1}{23} ;; \frac12\frac34
+| \frac{12.75}{2} ;; \sqrt2\frac12 | \sqrt{2.5}
 """,
     "units, and letters that are none": r"""
 8 adults and 12 children | 12 adults and 8 children ;; 30 hours, 5 minutes | 5 hours, 30 minutes | 5, 30 | 30, 5 ;; 5
@@ -554,7 +555,8 @@ feet, 3 inches | 3 feet, 5 inches | 3, 5 ;; 2pqrs | 2 ;; \frac13 ml^2 | \frac13 
     "forms that we leave out, an honest False": r"""
 2 | x = 1+1 = 2 | 1+1 = 2 ;; 120 | 5! | \binom{10}{3} ;; (4,\infty) | \{x \mid x > 4\} ;; x=1,y=2; x=3,y=4 | x=3,y=4;
 x=1,y=2 ;; \arctan 1 | \tan^{-1} 1 ;; 1000 | 1 000 ;; 12 | 12^{\mathrm{th}} ;; 10:15 AM | 10:15 \text{ a.m.} ;; x \ne 0
-| \mathbb R \setminus \{0\} ;; E | E: the fifth option ;; 42 | C. 42 ;; [0,2] | [0,1] \cup [1,2]
+| \mathbb R \setminus \{0\} ;; E | E: the fifth option ;; 42 | C. 42 ;; [0,2] | [0,1] \cup [1,2] ;; 2^{4950} | 4^{2475} ;; -2 | \sqrt[3]{-8}
+;; \begin{pmatrix}1\\3\end{pmatrix} | \left[\begin{array}{c}1\\3\end{array}\right]
 """,
 }
 
@@ -620,7 +622,7 @@ y=\boxed{2}$ -> x=1, y=2 ;; \boxed{1/2}, or \boxed{0.5} -> 1/2, or 0.5 ;; I put 
     "boxes that are all of it, or a part of it": r"""
 so $x=-\boxed{5}$ -> ;; $2\boxed{5}$ -> ;; $\boxed{5}^2$ -> ;; $\frac{\boxed{1}}{2}$ -> ;; $\pm\boxed{5}$ -> ;;
 $\sqrt{\boxed{2}}$ -> ;; $\boxed{5}x$ -> ;; $x \neq \boxed{5}$ -> ;; $x > \boxed{5}$ -> ;; $x = - \boxed{5}$ -> ;; $3
-\cdot \boxed{5}$ -> ;; $\boxed{5} \cdot 2$ -> ;; $\boxed{5}/2$ -> ;; $\boxed{5}!$ -> ;; $1 + \boxed{5}$ -> ;;
+\cdot \boxed{5}$ -> ;; $\boxed{5} \cdot 2$ -> ;; $\boxed{5}/2$ -> ;; $\boxed{5}!$ -> ;; $1 + \boxed{5}$ -> ;; $2 \boxed{5}$ -> ;; $\frac{3}{\boxed{5}}$ -> ;; 88 = 2 * \boxed{44} -> 44 ;; $x \le \boxed{5}$ -> ;;
 $\boxed{5} + 1$ -> ;; \boxed{4}2 -> ;; $x^{\boxed{4}}$ -> ;; $x_{\boxed{4}}$ -> ;; $y\boxed{4}$ -> ;; $1/\boxed{4}$ ->
 ;; not \boxed{5} -> ;; \boxed{5},000 -> ;; \[x = \boxed{5}.\] -> 5 ;; $\boxed{5}\text{ cm}$ -> 5 ;; \$\boxed{5} -> 5 ;;
 **\boxed{5}** -> 5 ;; $\implies\boxed{5}$ -> 5 ;; Answer: \boxed{5}! -> 5 ;; is \boxed{5} - done -> 5 ;; (\boxed{5}) ->
