@@ -90,11 +90,9 @@ the few names that the lesson uses without defining them are said in half a sent
             G runs that survive     H large models, several devices
             I the command line
 
-(data/make.py made the problems and the small base model that come with this file.)
-
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
             python astarpo.py eval
-            python astarpo.py solve "What is 47 * 36?"
+            python astarpo.py solve "What is 47 * 36?"     (data/make.py made problems and base)
 """
 
 from __future__ import annotations
@@ -355,9 +353,8 @@ class Policy:
     device: torch.device
     dtype: torch.dtype  # what the matrix products are computed in
     adapters: bool | None = None  # LoRA: does this policy use them? None: there are none
-    scaler: torch.amp.GradScaler = field(  # keeps float16's small gradients; else it does nothing
-        default_factory=lambda: torch.amp.GradScaler(enabled=False)
-    )
+    # Keeps float16's small gradients; else it does nothing:
+    scaler: Any = field(default_factory=functools.partial(torch.amp.GradScaler, enabled=False))
     prompts: dict[Problem, list[int]] = field(default_factory=dict)  # those encoded so far
 
     @contextlib.contextmanager
@@ -602,8 +599,8 @@ LOGITS_AT_A_TIME = 2**26  # in float32: 256 MiB a copy
 
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row.
-    (In effect `score_tokens(policy.model, ...)`; `method` serves fsdp and recomputing.)"""
+    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row:
+    `score_tokens(policy.model, ...)`. (`method` serves fsdp and recomputing.)"""
     with policy.active(), method(policy.model, score_tokens) as score:
         return score(ids, scored, temperature)
 
@@ -816,9 +813,8 @@ def n_dialogues(policy: Policy, problems: Sequence[Problem], n: int) -> list[Dia
 
 
 def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run) -> list[Dialogue]:
-    """The reference's N dialogues about each problem. They take long, so they are played in parts,
-    behind a progress bar (`rollouts`), and the run keeps each part as it comes; those that it has
-    already, after a kill or by --v-star, are not played again."""
+    """The reference's N dialogues about each problem, played in parts (`rollouts`). The run keeps
+    each part; those that it has already, after a kill or by --v-star, are not played again."""
     wanted = n_dialogues(ref, problems, config.num_samples)
     dialogues = run.stage_one_so_far(wanted)
     for part in rollouts(ref, wanted[len(dialogues) :], config, 0, "stage 1, V*"):
@@ -994,9 +990,9 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 # attempt, acc_final of the last one. The difference is what checking was worth. A verifier that
 # always says "correct" is right as often as the solver is, so we look at its *balanced* accuracy: the
 # mean of how often it is right about right attempts and about wrong ones. A coin has 0.5, and so has
-# any constant verdict. A trained policy makes few mistakes, and its own
-# attempts leave little to be judged; so the verify turn is also scored on a fixed pool that lies
-# beside the data: attempts of the shipped base, half of them right, half wrong (`evaluate_pool`).
+# any constant verdict. A trained policy makes few mistakes, and its own attempts leave little to be
+# judged; so the verify turn is also scored on a fixed pool that lies beside the data: attempts of the
+# shipped base, half of them right, half wrong (`evaluate_pool`). `summarize` counts.
 
 Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
 
