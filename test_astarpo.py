@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pathlib
 import random
@@ -29,10 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import types
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -51,7 +51,6 @@ import astarpo as A
 from astarpo import extract_answer, is_equiv, normalize_answer, verify
 
 DATA = Path(A.__file__).parent / "data"
-SOURCE = Path(A.__file__).read_text(encoding="utf-8").splitlines()
 torch.set_num_threads(1)
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -75,10 +74,13 @@ def problems(base: A.Policy) -> list[A.Problem]:
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw nothing, as that takes longer than all the rest, but where pictures are tested."""
+def each_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs draw nothing, as that takes longer than all the rest, but where pictures are tested; and
+    we silence other libraries for a while only."""
     if not {"drawn", "picture"} & set(request.node.name.split("_")):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
+    yield
+    assert not logging.root.manager.disable
 
 
 def copy_of(policy: A.Policy) -> A.Policy:
@@ -87,20 +89,30 @@ def copy_of(policy: A.Policy) -> A.Policy:
     return dataclasses.replace(policy, model=model)
 
 
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def told(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """What is printed by a command that does its work."""
+    capsys.readouterr()
+    assert A.main([*map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The sentence with which a command is refused."""
+    capsys.readouterr()
+    assert A.main([*map(str, arguments)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("astarpo: ") and len(error.splitlines()) == 1
+    return error
+
+
 def played(policy: A.Policy, problems: Sequence[A.Problem], **options: Any) -> list[A.Dialogue]:
     """A dialogue about each problem, as in step 1; at temperature 1 unless an option says else."""
     config = A.Config(**{"temperature": 1.0, "max_new_tokens": 30, **options})
     return A.rollout(policy, [A.Dialogue(p, [*policy.prompt_ids(p)]) for p in problems], config, 1)
-
-
-def test_no_name_is_defined_twice():
-    names = [
-        line.split("(")[0].split()[-1].rstrip(":")
-        for line in SOURCE
-        if re.match(r"def |class ", line)
-    ]
-    names += [line.split()[0] for line in SOURCE if re.match(r"[A-Z_]+ (=|\()", line)]
-    assert [name for name, n in Counter(names).items() if n > 1] == [] and len(names) > 150
 
 
 def test_the_examples_in_the_docstrings_hold():
@@ -141,11 +153,6 @@ def test_v_star_lies_between_the_mean_and_the_maximum_and_tends_to_both(rewards,
 def test_v_star_moves_with_the_rewards_and_ignores_their_order(rewards, beta1, shift, random):
     moved = [reward + shift for reward in random.sample(rewards, len(rewards))]
     assert v_star_of(moved, beta1) == pytest.approx(v_star_of(rewards, beta1) + shift, abs=1e-6)
-
-
-def test_v_star_of_extreme_rewards_does_not_overflow():
-    assert v_star_of([0.0, 1.0], 1e-6) == pytest.approx(1, abs=1e-5)
-    assert v_star_of([-1e6, 0.0], 1.0) == pytest.approx(-math.log(2))
 
 
 # --- The loss -------------------------------------------------------------------------------------
@@ -215,19 +222,6 @@ def test_the_first_log_ratio_is_zero_to_the_last_bit(kind, dtype):
     assert not any(p.requires_grad for p in ref.model.parameters())
 
 
-def gpt2_folder(folder: Path, base: A.Policy) -> Path:
-    """A tiny random GPT-2 with the base's tokenizer, but no chat template and no pad token."""
-    sizes = {"vocab_size": len(base.tokenizer), "n_positions": 512}
-    random_model("gpt2", **sizes, eos_token_id=base.end_ids[0]).save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").unlink()
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings.pop("pad_token")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
 # --- Sampling -------------------------------------------------------------------------------------
 
 
@@ -246,17 +240,19 @@ def test_random_numbers_are_uniform_and_uncorrelated():
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.01
 
 
-def test_tokens_are_drawn_with_their_probabilities():
-    logits = torch.tensor([0.0, -math.inf, 1.0, 2.0, -math.inf])
-    u = torch.from_numpy(A.uniform(1, np.arange(20_000)))
-    for temperature in (0.5, 1.0, 2.0):
-        tokens = A.pick(logits.expand(len(u), -1), u, temperature)
-        seen = torch.bincount(tokens, minlength=5) / len(u)
-        assert torch.allclose(seen, (logits / temperature).softmax(-1), atol=0.015)
-        assert seen[1] == seen[4] == 0
-    edges = torch.tensor([0.0, 1 - 2**-32], dtype=torch.float64)
-    assert A.pick(logits.expand(2, -1), edges, 1.0).tolist() == [0, 3]
-    assert A.pick(logits.flip(0).expand(2, -1), edges, 1.0).tolist() == [1, 4]
+LOGITS = st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=6, unique=True)
+
+
+@given(LOGITS, st.sampled_from([0.5, 1.0, 2.0]), st.just(1.0) | st.floats(0.01, 1))
+def test_tokens_are_drawn_with_their_probabilities(logits, temperature, top_p):
+    """Within the smallest set of likeliest tokens that holds top_p, and nowhere else."""
+    logits = torch.tensor([-math.inf, *logits, -math.inf])
+    p = (logits.double() / temperature).softmax(-1)
+    p[[bool(p[p > one].sum() >= top_p) for one in p]] = 0
+    u = torch.linspace(0, 1 - 2**-32, 2001, dtype=torch.float64)
+    tokens = A.pick(logits.expand(len(u), -1), u, temperature, top_p)
+    seen = torch.bincount(tokens, minlength=len(p)) / len(u)
+    assert torch.allclose(seen.double(), p / p.sum(), atol=2e-3) and not seen[p == 0].any()
 
 
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
@@ -313,6 +309,7 @@ def test_what_is_sampled_in_a_batch_is_what_a_plain_forward_gives(kind, temperat
     prompts = [[*range(first, first + n)] for first, n in starts]
     u = A.uniform(3, np.arange(len(prompts))[:, None], np.arange(30))
     endless = A.sample(policy, prompts, u, config)
+    assert {*map(len, endless)} == {30}
     policy.end_ids = (0, endless[1][3])  # so that some end early and leave
     responses = A.sample(policy, prompts, u, config)
     assert len({*map(len, responses)}) > 1
@@ -329,12 +326,14 @@ def test_a_model_with_another_memory_or_a_soft_cap_is_refused_in_one_sentence(ki
         A.check_model(kind, bare(random_model(kind)))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_each_turn_of_a_dialogue_is_what_a_plain_forward_gives(base, problems, temperature):
-    for d in played(base, problems, temperature=temperature, rollout_tokens=1500, seed=4):
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (1.0, 1e-6)])
+def test_each_turn_of_a_dialogue_is_what_a_plain_forward_gives(base, problems, temperature, top_p):
+    options = {"temperature": temperature, "top_p": top_p, "rollout_tokens": 1500, "seed": 4}
+    for d in played(base, problems, **options):
         for k, turn in enumerate(d.turns):
             u = A.uniform(4, 1, d.problem.index, 0, k, np.arange(30))
-            expected = by_definition(base, d.ids[: turn.end], turn.start, u, temperature)
+            greedily = temperature * (top_p == 1)  # the likeliest token alone is the greedy choice
+            expected = by_definition(base, d.ids[: turn.end], turn.start, u, greedily)
             assert expected == d.ids[turn.start : turn.end]
 
 
@@ -915,49 +914,66 @@ def test_a_dialogue_goes_on_until_its_check_says_correct(base, problems):
     assert {*kinds, *(("verify", True, v) for v in (True, False)), ("verify", False, None)} <= seen
 
 
+TEMPLATE = (DATA / "base" / "chat_template.jinja").read_text()
+SYSTEM_TURN = "{{ bos_token }}<|system|>Be brief.<|end|>"
 CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
 )
-FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 
 
-def test_later_turns_extend_the_same_ids_and_a_template_that_rewrites_is_refused(base):
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
-    for template in (tokenizer.chat_template, CHATML, A.PLAIN_TEMPLATE):
-        tokenizer.chat_template = template
-        said = [("user", "Q"), ("assistant", "R"), ("user", A.VERIFY_PROMPT)]
-        messages = [{"role": role, "content": text} for role, text in said]
-        glued = A.render(tokenizer, messages[:1]) + "R" + A.bridge_text(tokenizer, A.VERIFY_PROMPT)
-        assert glued == A.render(tokenizer, messages)
-    tokenizer.chat_template = FORGETFUL
-    policy = dataclasses.replace(base, tokenizer=tokenizer)
-    A.check_context(policy, A.Config(revisions=0))  # no later turns: any template will do
-    with pytest.raises(A.UsageError, match="template rewrites"):
-        A.check_context(policy, A.Config())
+@pytest.mark.parametrize(
+    "template, end",
+    [
+        ("{{ bos_token }}" + TEMPLATE, "<|end|>"),
+        (SYSTEM_TURN + TEMPLATE, "<|end|>"),
+        (CHATML, "<|im_end|>\n"),  # foreign to the base, which ends its turns with <|end|>
+        (A.PLAIN_TEMPLATE, "\n\n"),
+    ],
+)
+def test_a_dialogue_is_what_its_chat_template_would_write(template, end, base, problems):
+    policy = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer), prompts={})
+    policy.tokenizer.add_special_tokens({"bos_token": "<|pad|>"})
+    policy.tokenizer.add_bos_token = True
+    policy.tokenizer.chat_template = template
+    (dialogue,) = played(policy, problems[:1], max_new_tokens=40)
+    said = [{"role": "user", "content": A.SOLVE_PROMPT.replace("{problem}", problems[0].problem)}]
+    for turn in dialogue.turns:
+        said.append({"role": "assistant", "content": turn.text})
+        request = A.REVISE_PROMPT if turn.role == "verify" else A.VERIFY_PROMPT
+        said.append({"role": "user", "content": request})
+    whole = policy.tokenizer.apply_chat_template(said[:-1], tokenize=False)
+    spoken = policy.tokenizer.decode(dialogue.ids)
+    if end == "<|end|>":
+        assert spoken == whole and all(turn.ended for turn in dialogue.turns)
+    else:
+        assert spoken.replace("<|end|>", "") + end == whole
+    assert len(dialogue.turns) > 1
+    assert dialogue.ids.count(policy.tokenizer.bos_token_id) == template.count("bos_token")
 
 
 # --- Training -------------------------------------------------------------------------------------
 
 
-def dialogue(index: int, correct: list[bool], verdicts: list[bool | None]) -> A.Dialogue:
-    """A dialogue with given outcomes and no text."""
-    turns = [A.Turn("solve", 0, 0, "", True, correct=correct[0])]
-    for k, verdict in enumerate(verdicts):
+def dialogue(index: int, answers: list[str], verdicts: list[bool | None]) -> A.Dialogue:
+    """A dialogue about problem `index`, whose answer is 1, with given outcomes and no text."""
+    turns = []
+    for answer, verdict in itertools.zip_longest(answers, verdicts):
+        role = "revise" if turns else "solve"
+        if answer:
+            turns.append(A.Turn(role, 0, 0, "", True, answer=answer, correct=answer == "1"))
         turns.append(A.Turn("verify", 0, 0, "", True, verdict=verdict))
-        if k + 1 < len(correct):
-            turns.append(A.Turn("revise", 0, 0, "", True, correct=correct[k + 1]))
-    made = A.Dialogue(A.Problem(index, "", "1"), [], turns=turns)
+    made = A.Dialogue(A.Problem(index, "", "1"), [], turns=turns[: len(answers) + len(verdicts)])
     made.pay(alpha=1.0)
     return made
 
 
 def test_a_role_without_samples_gets_the_value_of_all_samples_of_that_role():
     dialogues = [
-        dialogue(0, [True], [True]),
-        dialogue(0, [False], [True]),
-        dialogue(1, [False, True], [False]),
-        dialogue(1, [False, False], [False]),
+        dialogue(0, ["1"], [True]),
+        dialogue(0, ["0"], [True]),
+        dialogue(1, ["0", "1"], [False]),
+        dialogue(1, ["0", "0"], [False]),
     ]
     kinds = ("vstar", "mean", "zero")
     value = {kind: A.baselines(dialogues, A.Config(baseline=kind)) for kind in kinds}
@@ -977,6 +993,10 @@ def learner_of(policy: A.Policy, ref: A.Policy, **options: float) -> A.Learner:
     return A.Learner(policy, A.freeze(ref), defaultdict(lambda: 0.4), optimizer)
 
 
+def weights_of(learner: A.Learner) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in learner.policy.model.parameters()])
+
+
 def log_p(policy: A.Policy, dialogue: A.Dialogue, turn: A.Turn, temperature: float) -> Tensor:
     """The log-probability of one turn, without batch or padding."""
     ids = torch.tensor([dialogue.ids[: turn.end]])
@@ -991,7 +1011,9 @@ def test_an_update_is_a_step_down_equation_6_however_it_is_cut(base, problems, m
         for parameter in moved.model.parameters():
             parameter.mul_(1.01)  # no longer the reference
     turns = [(d, turn) for d in dialogues for turn in d.turns]
-    ratio = torch.stack([log_p(moved, *turn, 0.9) - log_p(base, *turn, 0.9) for turn in turns])
+    logps = torch.stack([log_p(moved, *turn, 0.9) for turn in turns])
+    ratio = logps - torch.stack([log_p(base, *turn, 0.9) for turn in turns])
+    n_tokens = sum(turn.end - turn.start for _, turn in turns)
     reward = torch.tensor([turn.reward for _, turn in turns])
     loss = (0.05 * ratio - (reward - 0.4)).square().mean()
     ours = [p for p in moved.model.parameters() if p.requires_grad]
@@ -1006,28 +1028,25 @@ def test_an_update_is_a_step_down_equation_6_however_it_is_cut(base, problems, m
         assert torch.allclose(gradient, expected, atol=1e-5 * expected.norm().item())
         assert seen["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert seen["kl"] == pytest.approx(ratio.mean().item(), rel=1e-3) and abs(seen["kl"]) > 1e-3
+        assert seen["entropy"] == pytest.approx(-logps.sum().item() / n_tokens, rel=1e-4)
         assert seen["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
         assert seen["v_star"] == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_at_the_first_update_the_kl_is_zero(base, problems, dtype):
-    base = dataclasses.replace(base, dtype=dtype)
-    dialogues = played(base, problems[:8])
-    seen = A.update(learner_of(base, base, lr=0.1), dialogues, A.Config(temperature=1.0))
-    advantages = [turn.reward - 0.4 for d in dialogues for turn in d.turns]
-    assert seen["kl"] == 0 and seen["loss"] == pytest.approx(np.square(advantages).mean())
-    assert seen["entropy"] > 0.1
-
-
-def test_an_update_that_is_not_finite_leaves_the_weights_alone(base, problems):
-    learner = learner_of(base, base, lr=0.1)
-    dialogues = played(base, problems[:4], max_new_tokens=8, revisions=0)
-    for reward, skipped in ((math.inf, 1), (1.0, 0)):
-        dialogues[0].turns[0].reward = reward
-        assert A.update(learner, dialogues, A.Config(temperature=1.0))["skipped"] == skipped
-        pairs = zip(learner.policy.model.parameters(), base.model.parameters())
-        assert all(torch.equal(*pair) for pair in pairs) is bool(skipped)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_update_that_is_not_finite_leaves_the_weights_alone(dtype, problems):
+    config = A.Config(dtype=dtype, threads=1, temperature=1.0)
+    policy = A.load_policy(config)
+    dialogues, learner = played(policy, problems[:2]), learner_of(policy, policy, lr=1.0)
+    before, scale = weights_of(learner), policy.scaler.get_scale()
+    seen = A.update(learner, dialogues, config)
+    assert not seen["skipped"] and not torch.equal(before, weights_of(learner))
+    assert seen["grad_norm"] < 1  # that of the loss itself, not of the scaled one
+    before = weights_of(learner)
+    learner.policy.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+    assert A.update(learner, dialogues, config)["skipped"]
+    assert torch.equal(before, weights_of(learner))
+    assert policy.scaler.get_scale() == (scale / 2 if dtype == "float16" else 1)
 
 
 SHARED = "acc_t1 acc_final verifier_acc verifier_balanced_acc revision_rate answer_change_ratio "
@@ -1041,10 +1060,6 @@ SUMMARY = set(
 )
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """The folder of a short finished run."""
@@ -1056,6 +1071,7 @@ def finished(tmp_path_factory) -> Path:
 def test_a_run_folder_holds_what_the_readme_says(finished):
     metrics = read_lines(finished / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2] and METRICS <= set(metrics[0])
+    assert [m["kl"] == 0 for m in metrics] == [True, False]  # it begins as the reference
     summary = json.loads((finished / "summary.json").read_text())
     for part in ("before", "after"):
         assert SUMMARY <= set(summary[part]) and summary[part]["n"] == 16
@@ -1068,6 +1084,10 @@ def test_a_run_folder_holds_what_the_readme_says(finished):
     assert "fingerprint" in head and [row["sample"] for row in stage_one] == [0, 1] * 8
     model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
     assert len(AutoTokenizer.from_pretrained(finished / "checkpoint")) == model.config.vocab_size
+    learned = dict(model.named_parameters())  # without lm_head.weight, which is embed_tokens.weight
+    saved = torch.load(finished / "state.pt", weights_only=True)["model"]
+    assert saved.keys() == learned.keys()
+    assert all(torch.equal(saved[name], learned[name]) for name in saved)
 
 
 def numbers_of(run: Path) -> list[dict]:
@@ -1077,26 +1097,44 @@ def numbers_of(run: Path) -> list[dict]:
     return [{name: line[name] for name in line if not costs.search(name)} for line in lines]
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tmp_path):
+def left_by(run: Path) -> dict[str, Any]:
+    """All that a run has left, without what it cost and where it lies: two runs can be compared."""
+    files = {str(file.relative_to(run)): file for file in run.rglob("*") if file.is_file()}
+    files.pop("dashboard.png", None)
+    found = {name: file.read_bytes() for name, file in files.items()}
+    costs = {"metrics.jsonl": numbers_of(run), "config.json": None, "state.pt": None}
+    return found | {name: costs[name] for name in costs.keys() & found.keys()}
+
+
+def unfinished(run: Path, folder: Path, *lost: str) -> Path:
+    """A finished run made unfinished: its summary is gone, and what else is lost."""
+    shutil.copytree(run, folder)
+    for name in ("summary.json", *lost):
+        (folder / name).unlink()
+    return folder
+
+
+def test_the_same_seed_leaves_the_same_folder(finished, tmp_path):
     with concurrent.futures.ThreadPoolExecutor() as pool:  # from a thread as well
         pool.submit(A.train, quick(out=str(tmp_path / "same"), seed=5, max_new_tokens=32)).result()
-    assert numbers_of(finished) == numbers_of(tmp_path / "same")
-    for file in ("v_star.jsonl", "checkpoint/model.safetensors"):
-        assert (finished / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
+    assert left_by(tmp_path / "same") == left_by(finished)
 
 
 def test_another_seed_can_take_the_same_stage_one_another_model_cannot(finished, tmp_path, capsys):
-    stage_one, run = finished / "v_star.jsonl", tmp_path / "run"
-    options = {"max_new_tokens": 32, "minibatches": 3, "warmup": 4, "v_star": str(stage_one)}
+    given, run = Path(shutil.copy(finished / "v_star.jsonl", tmp_path)), tmp_path / "run"
+    options = {"max_new_tokens": 32, "minibatches": 3, "warmup": 4, "v_star": str(given)}
     A.train(quick(out=str(run), seed=6, **options))
-    assert (run / "v_star.jsonl").read_bytes() == stage_one.read_bytes()
     assert [m["loss"] for m in numbers_of(run)] != [m["loss"] for m in numbers_of(finished)]
     assert [m["lr"] for m in numbers_of(run)] == pytest.approx([3e-4 / 4, 3e-4 / 2])
     moments = torch.load(run / "state.pt")["optimizer"]["state"].values()
     assert {moment["step"].item() for moment in moments} == {2 * 3}  # updates
-    again = ["--model", str(run), "--v-star", str(stage_one), "--out", str(tmp_path / "none")]
-    assert A.main(["train", *again, "--max-new-tokens", "32", "--train-limit", "8"]) == 2
-    assert "other weights" in capsys.readouterr().err
+    again = ("--model", run, "--v-star", given, "--out", tmp_path / "none", "--train-limit", 8)
+    assert "other weights" in refused(capsys, "train", *again, "--max-new-tokens", 32)
+    given.unlink()  # the run has a copy of its own
+    folder = unfinished(run, tmp_path / "again", "state.pt")
+    told(capsys, "train", "--resume", folder)
+    assert left_by(folder) == left_by(run)
+    assert left_by(run)["v_star.jsonl"] == left_by(finished)["v_star.jsonl"]
 
 
 def test_training_raises_the_reward(tmp_path):
@@ -1114,19 +1152,19 @@ def test_training_raises_the_reward(tmp_path):
 
 
 def test_statistics_by_hand():
-    dialogues = [
-        dialogue(0, [True], [True]),
-        dialogue(1, [False], [True]),
-        dialogue(2, [False, True], [False]),  # mended
-        dialogue(3, [True, False], [None]),  # broken
-    ]
-    for d in dialogues:
-        for turn in d.attempts:
-            turn.answer = "1" if turn.correct else "0"
-    expected = {"acc_t1": 1 / 2, "acc_final": 1 / 2, "verifier_acc": 1 / 2, "fixed": 1, "broken": 1}
-    expected |= {"revision_rate": 1 / 2, "answer_change_ratio": 1, "reward_revise": (2 - 1) / 2}
+    """A missing verdict is a miss; to break and to mend is what a revision can do."""
+    outcomes = [(["1"], [True])] * 3 + [(["0"], [True]), (["0"], [False])]
+    outcomes += [(["0", "1"], [False]), (["1", "0"], [None]), (["1", "1"], [False])]
+    outcomes += [(["0", "2"], [None])]
+    dialogues = [dialogue(i, *outcome) for i, outcome in enumerate(outcomes)]
+    expected = {"acc_t1": 5 / 9, "acc_final": 5 / 9, "fixed": 1, "broken": 1}
+    expected |= {"verifier_recall_right": 3 / 5, "verifier_recall_wrong": 2 / 4}
+    expected |= {"verifier_acc": 5 / 9, "verifier_balanced_acc": (3 / 5 + 2 / 4) / 2}
+    expected |= {"verifier_precision": 3 / 4, "revision_rate": 4 / 9, "answer_change_ratio": 3 / 4}
+    expected |= {"reward_verify": 5 / 9, "reward_revise": (2 - 1 + 1 + 0) / 4}
     seen = A.statistics(dialogues)
     assert {name: seen[name] for name in expected} == pytest.approx(expected)
+    assert A.statistics(dialogues[:3])["verifier_balanced_acc"] is None  # nothing was wrong
 
 
 def test_evaluation_is_greedy_unless_a_temperature_says_otherwise(base, problems, tmp_path):
@@ -1215,9 +1253,8 @@ def test_files_and_folders_of_all_common_formats_are_read(name, write, tmp_path,
 )
 def test_of_a_data_set_the_right_parts_are_read(names, split, taken, tmp_path, base):
     for name in names:
-        rows = [
-            {"question": n, "answer": "#### 1"} for n in ([*names] if name == "all" else [name])
-        ]
+        told = [*names] if name == "all" else [name]
+        rows = [{"question": question, "answer": "#### 1"} for question in told]
         Dataset.from_list(rows).to_json(tmp_path / f"{name}.jsonl")
     if split not in names:
         each = dict.fromkeys(names)
@@ -1242,7 +1279,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path, base, capsys):
 
 
 GOOD_LINE = b'{"problem": "1 + 1?", "answer": "2"}\n'
-LONG_LINE = b'{"problem": "%s", "answer": "2"}\n' % (b"long " * 400)
+LONG_LINE = GOOD_LINE.replace(b"1 + 1", b"long " * 400)
 
 
 @pytest.mark.parametrize(
@@ -1250,25 +1287,16 @@ LONG_LINE = b'{"problem": "%s", "answer": "2"}\n' % (b"long " * 400)
     [
         ("a.jsonl", b"", "holds no problems"),
         ("a.jsonl", GOOD_LINE + b"not json\n", "line 2: not JSON"),
-        ("a.jsonl", b'{"problem": "1 + \\ud800?", "answer": "2"}\n', "line 1: not JSON in UTF-8"),
-        ("a.jsonl", b'{"problem": "\xff", "answer": "2"}\n', "line 1: not JSON in UTF-8"),
+        ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\\ud800"), "line 1: not JSON in UTF-8"),
+        ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\xff"), "line 1: not JSON in UTF-8"),
         ("a.jsonl", b"[" * 99999 + b"\n", "line 1: not JSON"),
-        ("a.jsonl", b'{"problem": "1 + 1?"}\n', r"holds no problems .*the columns problem$"),
-        ("a.jsonl", b'{"answer": "2"}\n', "line 1: no column 'problem' with a text"),
-        (
-            "a.jsonl",
-            b'{"problem": {}, "answer": "2"}\n',
-            r"text \(there are problem \(dict\), answer",
-        ),
-        ("a.jsonl", b'{"problem": "1 + 1?", "answer": ""}\n', "holds no problems that can be used"),
+        ("a.jsonl", b'{"problem": "1 + 1?"}\n', "holds no problems .*columns problem$"),
+        ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', r"line 1: .*problem \(dict\), answer"),
+        ("a.jsonl", LONG_LINE, "holds no problems .* 1 are longer"),
         ("a.jsonl", b"[1]\n", "line 1: not a JSON object"),
-        ("a.jsonl", LONG_LINE, "holds no problems that can be used"),
-        ("a.json", b"", "cannot be read: StopIteration"),
-        ("a.json", b'{"a": 1}', "row 0: no column 'problem' with a text"),
-        ("a.json", b"[1, 2]", "row 0: no column 'problem' with a text"),
-        ("a.csv", b"", "cannot be read: No columns"),
-        ("a.csv", b"x,y\n1,2\n", "row 0: no column 'problem' with a text"),
-        ("a.parquet", b"PAR1" + b"noise" * 99, "cannot be read: Parquet magic bytes"),
+        ("a.json", b"", "cannot be read"),
+        ("a.csv", b"x,y\n1,2\n", "row 0: no column 'problem'"),
+        ("a.parquet", b"PAR1" + b"noise" * 99, "cannot be read"),
     ],
 )
 def test_bad_data_names_the_file_and_the_line(name, content, complaint, tmp_path, base):
@@ -1279,8 +1307,9 @@ def test_bad_data_names_the_file_and_the_line(name, content, complaint, tmp_path
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
+SILENT = "{% for m in messages %}<|user|>{% endfor %}"
 ONE_TURN = "{{ messages[0].content }}{% if messages[1:] %}{{ raise_exception('1') }}{% endif %}"
-FORGETFUL = "{% for m in messages[-1:] %}{{ m.content }}{% endfor %}"
+FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 
 
 def template(model: Path, text: str) -> None:
@@ -1313,24 +1342,6 @@ def test_a_marker_in_a_problem_is_a_text_like_any_other(base):
     assert "a< |end|>b" in base.tokenizer.decode(marked)
 
 
-def test_loading_leaves_the_libraries_as_they_were(tmp_path, base):
-    import datasets
-    import transformers.utils.logging as talk
-
-    def state() -> tuple[object, ...]:
-        return (
-            logging.root.manager.disable,
-            talk.get_verbosity(),
-            datasets.is_progress_bar_enabled(),
-        )
-
-    before = state()
-    A.load_policy(A.Config(threads=1))
-    Dataset.from_list(ROWS).to_json(tmp_path / "a.json")
-    A.load_problems(base, A.Config(train_data=str(tmp_path / "a.json")), "train")
-    assert state() == before
-
-
 @pytest.mark.parametrize(
     "damage, complaint",
     [
@@ -1338,16 +1349,10 @@ def test_loading_leaves_the_libraries_as_they_were(tmp_path, base):
         (lambda model: (model / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda model: [f.unlink() for f in model.glob("*token*")], "no tokenizer"),
         (lambda model: (model / "config.json").unlink(), "model_type"),
-        (
-            lambda model: template(model, "{{ raise_exception('no system turn') }}"),
-            "no system turn",
-        ),
-        (
-            lambda model: template(model, "{% for m in messages %}<|user|>{% endfor %}"),
-            "drops what",
-        ),
+        (lambda model: template(model, "{{ raise_exception('not you') }}"), "not you"),
+        (lambda model: template(model, SILENT), "drops what"),
         (lambda model: template(model, ONE_TURN), "no later turns are possible"),
-        (lambda model: template(model, FORGETFUL), "rewrites earlier ones"),
+        (lambda model: template(model, FORGETFUL), "later turns .* rewrites earlier ones"),
         (lambda model: fewer_embeddings(model, 300), "embeddings of 300 only"),
     ],
 )
@@ -1355,43 +1360,23 @@ def test_a_broken_model_is_one_sentence_and_leaves_no_folder(damage, complaint, 
     folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
     damage(folder)
     error = refused(capsys, "train", "--model", folder, "--out", tmp_path / "out")
-    assert complaint in error and not (tmp_path / "out").exists()
-    assert str(folder) in error or "later turns" in error  # seen when the model is loaded already
+    assert re.search(complaint, error) and not (tmp_path / "out").exists()
+    if "later turns" in error:  # without them it will do
+        config = A.Config(model=str(folder), revisions=0)
+        assert A.load_problems(A.load_policy(config), config, "test")
+    else:
+        assert str(folder) in error
 
 
-def test_another_kind_of_model_without_chat_template_or_pad_token_trains(tmp_path, base, capsys):
-    folder = gpt2_folder(tmp_path / "gpt2", base)
+def test_another_kind_of_model_without_chat_template_trains(tmp_path, base, capsys):
+    folder = tmp_path / "gpt2"
+    sizes = {"vocab_size": len(base.tokenizer), "n_positions": 512}
+    random_model("gpt2", **sizes, eos_token_id=base.end_ids[0]).save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
     A.train(quick(model=str(folder), steps=1, max_new_tokens=8, out=str(tmp_path / "run")))
     assert "no chat template" in capsys.readouterr().out
     assert (tmp_path / "run" / "summary.json").exists()
-
-
-@pytest.mark.parametrize("system", ["", "<|system|>Be brief.<|end|>"])
-def test_a_dialogue_is_what_the_template_would_write_with_its_bos_and_system_turn(
-    system, base, problems
-):
-    policy = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer), prompts={})
-    policy.tokenizer.add_special_tokens({"bos_token": "<|pad|>"})
-    policy.tokenizer.add_bos_token = True
-    policy.tokenizer.chat_template = "{{ bos_token }}" + system + base.tokenizer.chat_template
-    (dialogue,) = played(policy, problems[:1], max_new_tokens=40)
-    assert len(dialogue.turns) > 1 and all(turn.ended for turn in dialogue.turns)
-    said = [{"role": "user", "content": A.SOLVE_PROMPT.replace("{problem}", problems[0].problem)}]
-    for turn in dialogue.turns:
-        said.append({"role": "assistant", "content": turn.text})
-        request = A.REVISE_PROMPT if turn.role == "verify" else A.VERIFY_PROMPT
-        said.append({"role": "user", "content": request})
-    whole = policy.tokenizer.apply_chat_template(said[:-1], tokenize=False)
-    assert policy.tokenizer.decode(dialogue.ids) == whole
-    assert dialogue.ids.count(policy.tokenizer.bos_token_id) == 1
-
-
-@pytest.mark.parametrize("limit", [1, 2, 7])
-def test_a_response_without_an_end_is_cut_off_at_exactly_the_limit(limit, base, problems):
-    endless = dataclasses.replace(base, end_ids=())
-    for dialogue in played(endless, problems[:3], max_new_tokens=limit):
-        assert {turn.end - turn.start for turn in dialogue.turns} == {limit}
-        assert not any(turn.ended for turn in dialogue.turns)
 
 
 def test_stage_one_is_known_again_though_the_template_tells_the_time(tmp_path, base):
@@ -1410,22 +1395,11 @@ def test_stage_one_is_known_again_though_the_template_tells_the_time(tmp_path, b
 # --- The command line -----------------------------------------------------------------------------
 
 
-def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """The sentence with which a command line is refused."""
-    capsys.readouterr()
-    assert A.main([*map(str, arguments)]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("astarpo: ") and len(error.splitlines()) == 1
-    return error
-
-
 def test_eval_takes_the_newest_finished_run_and_says_so(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert A.main(["eval", "--eval-limit", "8", "--out", "first"]) == 0
-    assert "data/base" in capsys.readouterr().out
+    assert "data/base" in told(capsys, "eval", "--eval-limit", 8, "--out", "first")
     shutil.copytree(finished, tmp_path / "runs" / "older")
-    assert A.main(["eval", "--eval-limit", "8"]) == 0
-    assert str(Path("runs", "older", "checkpoint")) in capsys.readouterr().out
+    assert str(Path("runs", "older", "checkpoint")) in told(capsys, "eval", "--eval-limit", 8)
     written = next(tmp_path.glob("runs/*-eval"))
     assert len(read_lines(written / "eval_results.jsonl")) == 8
     assert SUMMARY <= set(json.loads((written / "eval_summary.json").read_text()))
@@ -1433,11 +1407,9 @@ def test_eval_takes_the_newest_finished_run_and_says_so(finished, tmp_path, monk
 
 def test_solve_prints_a_dialogue(capsys):
     asked = ["solve", "What is 47 * 36?", "--model", "data/base"]
-    assert A.main(asked) == 0
-    out = capsys.readouterr().out
-    assert "problem  What is 47 * 36?" in out and "solve" in out and "boxed" in out
-    assert A.main([*asked, "--temperature", "50", "--max-new-tokens", "8"]) == 0
-    assert "[cut off]" in capsys.readouterr().out
+    shown = told(capsys, *asked)
+    assert all(part in shown for part in ("problem  What is 47 * 36?", "  solve ", "boxed"))
+    assert "[cut off]" in told(capsys, *asked, "--temperature", 50, "--max-new-tokens", 8)
 
 
 BAD_NUMBERS = ("--lr 7", "--beta1 0", "--beta2 nan", "--beta2 inf", "--steps -1", "--num-samples 0")
@@ -1488,21 +1460,21 @@ def test_where_results_go_is_checked_first_and_nothing_is_overwritten(
     command, finished, tmp_path, capsys
 ):
     (tmp_path / "file").touch()
-    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
+    before = left_by(finished)
     for out, complaint in (
         (finished, "holds files already"),
         (tmp_path / "file", "cannot be written"),
         (tmp_path / "file" / "below", "cannot be written"),
     ):
         assert complaint in refused(capsys, command, "--model", "nowhere", "--out", out)
-    assert before == {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
+    assert before == left_by(finished)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.json.partial").touch()  # a run was killed there at once
     assert A.new_folder(str(tmp_path / "new")) == tmp_path / "new"
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "solve"])
-def test_help_shows_every_option_in_one_of_two_groups_with_a_sentence_and_its_default(
+def test_help_shows_every_option_in_its_group_with_a_sentence_and_its_default(
     command, capsys, monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "400")
@@ -1511,14 +1483,12 @@ def test_help_shows_every_option_in_one_of_two_groups_with_a_sentence_and_its_de
     assert stop.value.code == 0
     groups = " ".join(capsys.readouterr().out.split()).split("for real models, other data and long")
     changed = {} if command == "train" else {"eval_limit": 0, "model": "the newest finished run"}
-    second = False
-    for item in dataclasses.fields(A.Config):
-        second |= item.name == "max_prompt_tokens"
+    names = [item.name for item in dataclasses.fields(A.Config)]
+    for place, item in enumerate(dataclasses.fields(A.Config)):
         default, flag = changed.get(item.name, item.default), item.name.replace("_", "-")
-        told = item.metadata["help"] + (
-            f" (default: {default}" if default not in ("", None) else ""
-        )
-        shown = re.search(rf"--{flag}[ ,][^()]* {re.escape(told)}", groups[second])
+        text = item.metadata["help"] + f" (default: {default}" * (default not in ("", None))
+        group = groups[place >= names.index("max_prompt_tokens")]
+        shown = re.search(rf"--{flag}[ ,][^()]* {re.escape(text)}", group)
         assert bool(shown) == (command in item.metadata["on"]), flag
 
 
@@ -1583,24 +1553,14 @@ def test_ctrl_c_keeps_what_was_learned_and_until_then_nobody_else_goes_on(tmp_pa
 # Children are forked, so that they can be killed for good (SIGKILL) without taking pytest along.
 
 
-def forked(work: Callable[[], object]) -> int:
-    """Start `work` in a forked process."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except SystemExit as stop:
-            os._exit(stop.code)
-        except BaseException:  # noqa: BLE001 - whatever it was, the child must not go on as pytest
-            traceback.print_exc()
-            os._exit(1)
-    return pid
-
-
-def status_of(pid: int) -> int:
-    """Wait for a forked process: its exit status, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def forked(*works: Callable[[], object]) -> list[int]:
+    """Do each work in a process of its own: their exit statuses, minus the signal if killed."""
+    children = [multiprocessing.get_context("fork").Process(target=work) for work in works]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
 
 
 def when_touched(folder: str, act: Callable[[str], object]) -> None:
@@ -1622,7 +1582,7 @@ def command_of(config: A.Config) -> list[str]:
     return ["train", *itertools.chain(*pairs)]
 
 
-def short_run(folder: Path, moment: int = 0, **changes: object) -> int:
+def short_run(folder: Path, moment: int = 0, **changes: object) -> None:
     """In a child: a run with everything in it, from its beginning or from where it was killed, to
     its end or until it touches its folder for the `moment`-th time: then it is killed."""
     touched = itertools.count(1)
@@ -1630,19 +1590,10 @@ def short_run(folder: Path, moment: int = 0, **changes: object) -> int:
     when_touched(str(folder), kill)
     A.PART, sys.modules["matplotlib"] = 4, None  # stage 1 in parts; no pictures
     if A.is_unfinished(folder):
-        return sys.exit(A.main(["train", "--resume", str(folder)]))
+        sys.exit(A.main(["train", "--resume", str(folder)]))
     small = {"steps": 5, "batch_size": 4, "train_limit": 6, "eval_limit": 6, "max_new_tokens": 10}
     often = {"save_every": 2, "eval_every": 2, "lr": 1e-3, "out": str(folder)}
-    return sys.exit(A.main(command_of(quick(**small, **often, **changes))))
-
-
-def left_by(folder: Path) -> dict[str, Any]:
-    """What a run has produced, without what it cost."""
-    names = ("v_star.jsonl", "eval.jsonl", "summary.json", "eval_results.jsonl")
-    names += ("checkpoint/model.safetensors", "best/model.safetensors")
-    files = {file.name for file in folder.iterdir()}
-    found = {name: (folder / name).read_bytes() for name in names}
-    return {**found, "metrics": numbers_of(folder), "files": files}
+    sys.exit(A.main(command_of(quick(**small, **often, **changes))))
 
 
 @pytest.fixture(scope="module")
@@ -1656,15 +1607,11 @@ def undisturbed(tmp_path_factory) -> tuple[dict[str, Any], int]:
             when_touched(str(folder), lambda path: print(path, file=file, flush=True))
             short_run(folder)
 
-    assert status_of(forked(work)) == 0
+    assert forked(work) == [0]
     return left_by(folder), len(log.read_text().splitlines())
 
 
-SOAK = int(os.environ.get("ASTARPO_SOAK", "0"))  # how many times to kill at random
-
-
-def ended(folder: Path, moment: int) -> int:
-    return status_of(forked(lambda: short_run(folder, moment)))
+SOAK = "ASTARPO_SOAK" in os.environ  # kill it at every moment at which it touches its folder
 
 
 def test_a_run_that_is_killed_and_killed_again_ends_as_if_nothing_had_happened(
@@ -1673,48 +1620,28 @@ def test_a_run_that_is_killed_and_killed_again_ends_as_if_nothing_had_happened(
     expected, touches = undisturbed
     for moment in range(1, touches + 1) if SOAK else (8, touches // 2):
         folder = tmp_path / str(moment)
-        assert ended(folder, moment) == -signal.SIGKILL
+        assert forked(functools.partial(short_run, folder, moment)) == [-signal.SIGKILL]
         for later in (5, 0):  # again, while it goes on; then in peace (if it has not ended yet)
             if not (folder / "summary.json").exists():
-                assert ended(folder, later) in (-signal.SIGKILL, 0)
+                assert forked(functools.partial(short_run, folder, later)) in (
+                    [-signal.SIGKILL],
+                    [0],
+                )
         assert left_by(folder) == expected, moment
 
 
-@pytest.mark.skipif(not SOAK, reason="set ASTARPO_SOAK to the number of kills")
-def test_any_number_of_kills_at_any_time_change_nothing(undisturbed, tmp_path):
-    folder, rng, kills = tmp_path / "run", random.Random(0), itertools.count(1)
-    while not (folder / "summary.json").exists():
-        child = forked(lambda: short_run(folder))
-        time.sleep(rng.uniform(0, 2) if next(kills) <= SOAK else 60)
-        os.kill(child, signal.SIGKILL)
-        status_of(child)
-    assert left_by(folder) == undisturbed[0]
-
-
-def unfinished(run: Path, folder: Path, *lost: str) -> Path:
-    """A finished run made unfinished: its summary is gone, and what else is lost."""
-    shutil.copytree(run, folder)
-    for name in ("summary.json", *lost):
-        (folder / name).unlink()
-    return folder
-
-
-def result(folder: Path) -> tuple[Any, bytes, bytes]:
-    weights = (folder / "checkpoint" / "model.safetensors").read_bytes()
-    return numbers_of(folder), weights, (folder / "v_star.jsonl").read_bytes()
-
-
 def test_a_killed_stage_one_goes_on_after_its_last_whole_part(finished, tmp_path, monkeypatch):
-    folder = unfinished(finished, tmp_path / "run", "state.pt")
-    head, *rows = (folder / "v_star.jsonl").read_text().splitlines()
-    marked = [json.dumps({**json.loads(row), "subject": "kept"}) for row in rows]
-    (folder / "v_star.jsonl").write_text("\n".join([head, *marked[:7], marked[7][:-9]]))
+    folder, begun = (
+        unfinished(finished, tmp_path / "run", "state.pt"),
+        tmp_path / "run/v_star.jsonl",
+    )
+    head, *rows = begun.read_text().splitlines(keepends=True)
+    marked = [row.replace('"subject": "', '"subject": "kept ') for row in rows]
+    begun.write_text("".join([head, *marked[:7], marked[7][:-9]]))
     monkeypatch.setattr(A, "PART", 3)
     assert A.main(["train", "--resume", str(folder)]) == 0
-    assert [json.dumps(row) for row in read_lines(folder / "v_star.jsonl")] == [
-        json.dumps(json.loads(row)) for row in [head, *marked[:6], *rows[6:]]
-    ]
-    assert result(folder)[:2] == result(finished)[:2]
+    assert begun.read_text() == "".join([head, *marked[:6], *rows[6:]])
+    assert numbers_of(folder) == numbers_of(finished)
 
 
 def cut_off(path: Path) -> None:
@@ -1722,14 +1649,14 @@ def cut_off(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 9)
 
 
-DAMAGED = "state.pt is damaged"
-OLD_STATE = {"model": {}, "optimizer": {}, "metrics": [], "scaler": {}}
-
-
 def reweighed(run: Path) -> None:
     """The run in a folder is said to have begun with other weights."""
     about = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**about, "weights": "0123456789abcdef"}))
+
+
+DAMAGED = "state.pt is damaged"
+OLD_STATE = {"model": {}, "optimizer": {}, "metrics": [], "scaler": {}}
 
 
 @pytest.mark.parametrize(
@@ -1740,7 +1667,6 @@ def reweighed(run: Path) -> None:
         (lambda run: (run / "state.pt").unlink(), 0, "V* of 8 problems"),
         (lambda run: cut_off(run / "metrics.jsonl"), 0, "going on after step 2"),
         (lambda run: os.truncate(run / "state.pt", 0), 2, DAMAGED),
-        (lambda run: os.truncate(run / "state.pt", 999), 2, DAMAGED),
         (lambda run: os.truncate(run / "state.pt", 2_000_000), 2, DAMAGED),
         (lambda run: torch.save(OLD_STATE, run / "state.pt"), 2, DAMAGED),
         (reweighed, 2, "holds other weights"),
@@ -1751,18 +1677,12 @@ def test_what_is_half_done_is_done_again_and_what_is_damaged_is_refused_in_one_s
 ):
     folder = unfinished(finished, tmp_path / "run")
     damage(folder)
-    assert A.main(["train", "--resume", str(folder)]) == status
-    shown = capsys.readouterr()
-    assert said in shown.out + shown.err and "\n" not in shown.err.strip()
-    assert result(folder) == result(finished)
-
-
-def test_a_state_holds_what_learns_once(finished):
-    saved = torch.load(finished / "state.pt", weights_only=True)["model"]
-    model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
-    learned = dict(model.named_parameters())  # without lm_head.weight, which is embed_tokens.weight
-    assert saved.keys() == learned.keys()
-    assert all(torch.equal(saved[name], learned[name]) for name in saved)
+    resume = ("train", "--resume", folder)
+    assert said in (refused(capsys, *resume) if status else told(capsys, *resume))
+    expected = left_by(finished)
+    if status:
+        del expected["summary.json"]
+    assert left_by(folder) == expected
 
 
 def test_resume_takes_the_newest_unfinished_run_and_anew_only_what_changes_the_cost(
@@ -1777,11 +1697,10 @@ def test_resume_takes_the_newest_unfinished_run_and_anew_only_what_changes_the_c
     config = chosen("train --resume runs/one " + anew)
     assert (config.rollout_tokens, config.update_tokens, config.device) == (999, 99, "cpu")
     assert config.gradient_checkpointing and config.seed == 5
-    assert A.main(["train", "--resume", *anew.split()]) == 0
+    told(capsys, "train", "--resume", *anew.split())
     assert_close(numbers_of(run), numbers_of(finished))
-    assert "is finished" in refused(capsys, "train", "--resume")
-    assert "is finished" in refused(capsys, "train", "--resume", run)
-    assert "holds no unfinished run" in refused(capsys, "train", "--resume", "nowhere")
+    for which in ([], [run], ["nowhere"]):
+        assert "unfinished run (one with" in refused(capsys, "train", "--resume", *which)
 
 
 def assert_close(ours: list[dict], theirs: list[dict]) -> None:
@@ -1790,21 +1709,6 @@ def assert_close(ours: list[dict], theirs: list[dict]) -> None:
         assert {k for k in one if one[k] is None} == {k for k in other if other[k] is None}
         one, other = ({k: v or 0 for k, v in row.items()} for row in (one, other))
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
-
-
-def test_stage_one_serves_on_another_day_than_the_chat_template_told_and_is_copied(tmp_path):
-    model = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
-    template = model / "chat_template.jinja"
-    template.write_text("{{ strftime_now('%f') }}" + template.read_text())  # another each time
-    options = {"model": str(model), "revisions": 0, "max_new_tokens": 8}
-    A.train(quick(**options, out=str(tmp_path / "one")))
-    given = tmp_path / "one" / "v_star.jsonl"
-    A.train(quick(**options, out=str(tmp_path / "two"), v_star=str(given)))
-    stage_one = given.read_bytes()
-    given.unlink()
-    folder = unfinished(tmp_path / "two", tmp_path / "again", "state.pt")
-    assert A.main(["train", "--resume", str(folder)]) == 0
-    assert stage_one == (folder / "v_star.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("moment", ["loading", "sampling", "updating"])
@@ -1827,8 +1731,8 @@ def test_out_of_memory_is_one_sentence_with_the_remedies_and_the_run_goes_on(
         assert f"--{remedy}" in error
     assert folder.exists() == (moment != "loading")
     if moment == "updating":
-        assert A.main(["train", "--resume", str(folder)]) == 0
-        assert result(folder) == result(finished)
+        told(capsys, "train", "--resume", folder)
+        assert left_by(folder) == left_by(finished)
 
 
 def test_of_two_runs_that_want_one_folder_the_second_is_refused_after_the_loading(tmp_path, base):
@@ -1867,12 +1771,7 @@ def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, probl
         A.load_policy(quick(model=str(run), lora=4))
     again = unfinished(run, tmp_path / "again", "checkpoint/adapter_model.safetensors")
     assert A.main(["train", "--resume", str(again)]) == 0
-    adapters = [r / "checkpoint" / "adapter_model.safetensors" for r in (run, again)]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
-
-
-def weights_of(learner: A.Learner) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in learner.policy.model.parameters()])
+    assert left_by(again) == left_by(run)
 
 
 def test_recomputed_activations_give_the_same_gradient(base, problems):
@@ -1888,23 +1787,9 @@ def test_recomputed_activations_give_the_same_gradient(base, problems):
     assert torch.allclose(weights_of(kept), weights_of(recomputed), atol=1e-6)
 
 
-def test_in_float16_a_gradient_that_overflows_is_skipped_and_the_scale_halved(base, problems):
-    config = A.Config(dtype="float16", threads=1, temperature=1.0)
-    policy = A.load_policy(config)
-    dialogues, learner = played(policy, problems[:2]), learner_of(policy, policy, lr=1.0)
-    before, scale = weights_of(learner), policy.scaler.get_scale()
-    seen = A.update(learner, dialogues, config)
-    assert not seen["skipped"] and not torch.equal(before, weights_of(learner))
-    assert seen["grad_norm"] < 1  # that of the loss itself, not of the scaled one
-    before = weights_of(learner)
-    learner.policy.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
-    assert A.update(learner, dialogues, config)["skipped"]
-    assert policy.scaler.get_scale() == scale / 2 and torch.equal(before, weights_of(learner))
-
-
 def together(work: Callable[[], object], second: Callable[[], object] = int) -> list[int]:
-    """Run `work` in two forked processes that know of each other, in the second of them after what
-    it does alone; their exit statuses."""
+    """Do `work` in two processes that know of each other, in the second of them after what it does
+    alone; their exit statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -1915,7 +1800,7 @@ def together(work: Callable[[], object], second: Callable[[], object] = int) -> 
             second()
         work()
 
-    return [*map(status_of, [forked(lambda rank=rank: process(rank)) for rank in "01"])]
+    return forked(*(functools.partial(process, rank) for rank in "01"))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -1970,8 +1855,8 @@ def test_two_processes_make_the_run_of_one_also_when_one_of_them_is_killed(
 
     assert together(work, second=fails_if_it_writes) == [0, 0]
     calm, (alone, _) = left_by(tmp_path / "run"), undisturbed
-    assert_close(calm["metrics"], alone["metrics"])
-    assert calm["files"] == alone["files"]
+    assert_close(calm["metrics.jsonl"], alone["metrics.jsonl"])
+    assert calm.keys() == alone.keys()
     assert calm["eval_results.jsonl"] == alone["eval_results.jsonl"]
     if parallel == "ddp" and not SOAK:
         return  # as of one process, the state is what the first one holds
@@ -2033,7 +1918,7 @@ def test_the_bootstrap_covers_a_known_mean_about_95_times_in_100():
 
 def solved(*right: bool) -> list[A.Dialogue]:
     """A dialogue about each of some problems, solved or not at the first attempt."""
-    return [dialogue(i, [correct], [True]) for i, correct in enumerate(right)]
+    return [dialogue(i, [str(int(correct))], [True]) for i, correct in enumerate(right)]
 
 
 @pytest.mark.parametrize("better, worse", [(0, 0), (3, 3), (1, 9), (4, 1), (0, 5)])
@@ -2057,17 +1942,9 @@ def test_samples_of_one_problem_are_not_taken_for_independent():
     assert again["n"] == 10 and again["acc_t1_ci"] == A.wilson(5, 10)
 
 
-def answered(index: int, answers: list[str], verdicts: list[bool | None]) -> A.Dialogue:
-    """A dialogue about problem `index`, whose answer is 1, with given answers and verdicts."""
-    made = dialogue(index, [answer == "1" for answer in answers], verdicts)
-    for turn, answer in zip(made.attempts, answers):
-        turn.answer = answer
-    return made
-
-
 @pytest.mark.parametrize("n, correct", [(5, 0), (5, 2), (6, 3), (6, 6), (1, 1)])
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, correct):
-    seen = A.voting([answered(0, ["1" if i < correct else "2"], [None]) for i in range(n)], n)
+    seen = A.voting([dialogue(0, ["1" if i < correct else "2"], [None]) for i in range(n)], n)
     for k in {1, 2, 4, n} & set(range(n + 1)):
         subsets = list(itertools.combinations(range(n), k))  # the first `correct` ones are right
         share = sum(min(chosen) < correct for chosen in subsets) / len(subsets)
@@ -2078,55 +1955,26 @@ def test_votes_go_by_value_and_pag_counts_only_what_it_accepted():
     assert A.majority(["2", "\\frac{3}{1}", "3", "2", "3"]) in ("3", "\\frac{3}{1}")
     assert A.majority(["5", "4", "4", "5"]) == "5"  # a tie: the earlier one
     assert A.majority([None, None, "6"]) == "6" and A.majority([None, None]) is None
-    doubted = [answered(0, ["7", "8"], [verdict]) for verdict in (False, None)]
-    trusted = [answered(0, ["1"], [True])]
-    unchecked = [answered(1, ["1", "7"], [False])] * 3  # accepted nothing: as if nobody had checked
+    doubted = [dialogue(0, ["7", "8"], [verdict]) for verdict in (False, None)]
+    trusted = [dialogue(0, ["1"], [True])]
+    unchecked = [dialogue(1, ["1", "7"], [False])] * 3  # accepted nothing: as if nobody had checked
     seen = A.voting([*doubted, *trusted, *unchecked], 3)
     assert seen == pytest.approx(
         {"pass@1": 2 / 3, "pass@2": 5 / 6, "pass@3": 1, "maj@3": 0.5, "pag@3": 1}
     )
 
 
-def test_confusion_by_hand():
-    pairs = [(True, True)] * 3 + [(False, True), (None, True)]  # 3 of 5 right ones recognised
-    pairs += [(False, False)] * 2 + [(True, False), (None, False)]  # 2 of 4 wrong ones
-    judged = [dialogue(0, [correct], [verdict]) for verdict, correct in pairs]
-    assert A.confusion(judged, "v") == pytest.approx(
-        {"v_acc": 5 / 9, "v_balanced_acc": (3 / 5 + 2 / 4) / 2, "v_recall_right": 3 / 5,
-         "v_recall_wrong": 2 / 4, "v_precision": 3 / 4}
-    )  # fmt: skip
-    assert set(A.confusion([], "v").values()) == {None}
-
-
-def test_top_p_keeps_the_smallest_set_of_likeliest_tokens(base, problems):
-    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(4000, -1)
-    u = torch.from_numpy(A.uniform(3, np.arange(4000)))
-    for top_p, kept in ((1.0, [0, 1, 2, 3]), (0.8, [1, 2, 3]), (0.65, [1, 3]), (0.3, [1])):
-        tokens = A.pick(logits, u, 1.0, top_p)
-        assert sorted(set(tokens.tolist())) == kept
-    halves = A.pick(logits, u, 1.0, 0.65)
-    assert (halves == 1).double().mean().item() == pytest.approx(4 / 7, abs=0.02)
-    greedy, narrow = (
-        played(base, problems, max_new_tokens=30, **how)
-        for how in ({"temperature": 0.0}, {"top_p": 1e-6})
-    )
-    assert [d.ids for d in narrow] == [d.ids for d in greedy]
-
-
 def test_eval_samples_votes_and_compares(finished, tmp_path, capsys):
     options = ["--samples", "3", "--temperature", "0.6", "--top-p", "0.95", "--eval-limit", "8"]
-    models = ["--model", "data/base", "--compare", str(finished)]
-    assert A.main(["eval", *options, *models, "--out", str(tmp_path / "e")]) == 0
+    models = ["--model", "data/base", "--compare", finished]
+    shown = told(capsys, "eval", *options, *models, "--out", tmp_path / "e")
     summary = json.loads((tmp_path / "e" / "eval_summary.json").read_text())
     assert {"pass@1", "pass@2", "pass@3", "maj@3", "pag@3", "acc_final_ci"} <= set(summary)
     assert summary["n"] == 8 and summary["pass@1"] == pytest.approx(summary["acc_t1"])
     assert summary["compare"]["with"] == str(finished)
     assert len(read_lines(tmp_path / "e" / "eval_results.jsonl")) == 24
-    shown = capsys.readouterr().out
     assert "maj@3" in shown and "problems better" in shown
     assert all(len(line) < 80 or str(tmp_path.parent) in line for line in shown.splitlines())
-    assert A.main(["eval", "--samples", "3", "--out", str(tmp_path / "f")]) == 2
-    assert "greedy" in capsys.readouterr().err
 
 
 # --- Looking on while it trains -------------------------------------------------------------------
@@ -2152,13 +2000,6 @@ def test_evaluations_on_the_way_keep_the_best_model_and_a_logger_gets_all_number
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [sent["loss", step + 1] for step in range(6)] == [m["loss"] for m in metrics]
     assert [sent["eval/acc_final", step] for step in (2, 4, 6)] == finals
-
-
-def test_a_missing_logger_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(A.UsageError, match="pip install wandb"):
-        A.train(quick(log_to="wandb", out=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
 
 
 def made_metrics(**changes: object) -> list[dict]:
@@ -2204,7 +2045,7 @@ def test_stage_one_says_what_can_be_learned(base, problems, capsys):
     hopeless = [dataclasses.replace(problem, answer="no such answer") for problem in problems[:6]]
     config = A.Config(temperature=1.0, num_samples=2, max_new_tokens=2)  # and too little room
     twice = [A.Dialogue(p, [*base.prompt_ids(p)], i) for p in hopeless for i in range(2)]
-    easy = [answered(i, ["1"], [True]) for i in range(4)]
+    easy = [dialogue(i, ["1"], [True]) for i in range(4)]
     for turn in (turn for made in easy for turn in made.turns):
         turn.text, turn.end = str(id(turn)), 10  # all unlike
     for dialogues, expected, complaints in (
