@@ -225,13 +225,6 @@ def test_the_first_log_ratio_is_zero_to_the_last_bit(kind, dtype):
 # --- Sampling -------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=6))
-def test_random_numbers_are_a_pure_function_of_their_counters(counters):
-    u = A.uniform(*counters)
-    assert 0 <= u < 1 and u == A.uniform(*counters)
-    assert u != A.uniform(*counters[:-1], counters[-1] + 1)
-
-
 def test_random_numbers_are_uniform_and_uncorrelated():
     u = A.uniform(0, np.arange(400)[:, None], np.arange(500))
     counts, _ = np.histogram(u, bins=100, range=(0, 1))
@@ -843,24 +836,26 @@ def test_math_golds_differ_from_their_mutants() -> None:
 # --- PAG's turns ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text, verdict",
-    [
-        ("Check: 3 + 4 = 7 vs 8: differ. The answer is wrong.", False),
-        ("First I thought the answer is correct. But no: The answer is wrong.", False),
-        ("so 12 = 12.\nTherefore, the answer is correct", True),
-        ("**The answer is wrong.**", False),
-        ("I cannot say that the answer is correct.", None),
-        ("The answer is not correct.", None),
-        ("The answer is correct or wrong.", None),
-        ("Not sure; the answer is correct.", None),
-        ("If I am not mistaken, the answer is correct.", None),
-        ("The answer is 42.", None),
-        ("x" * 100_000, None),
+JUDGMENTS = {
+    True: ["so 12 = 12.\nTherefore, the answer is correct", "**The answer is correct.**"],
+    False: [
+        "Check: 3 + 4 = 7 vs 8: differ. The answer is wrong.",
+        "First I thought the answer is correct. But no: The answer is wrong.",
     ],
-)
-def test_the_verdict_is_the_final_sentence_only(text, verdict):
-    assert A.parse_judgment(text) is verdict
+    None: [
+        "I cannot say that the answer is correct.",
+        "If I am not mistaken, the answer is correct.",
+        "Not sure; the answer is correct.",
+        "The answer is not correct.",
+        "The answer is correct or wrong.",
+        "x" * 100_000,
+    ],
+}
+
+
+@pytest.mark.parametrize("verdict", JUDGMENTS)
+def test_the_verdict_is_the_final_sentence_only(verdict):
+    assert {*map(A.parse_judgment, JUDGMENTS[verdict])} == {verdict}
 
 
 @given(st.text(), st.booleans(), st.text("aeiou ,."))
@@ -876,7 +871,6 @@ def test_a_check_may_say_anything_before_its_verdict_and_nothing_after_it(before
         ([True], [True], 1.0, [1, 1]),
         ([False], [True], 1.0, [0, 0]),
         ([True, True], [False], 1.0, [1, 0, 1]),
-        ([False, False], [False], 1.0, [0, 1, 0]),
         ([False, True], [None], 0.5, [0, 0, 1.5]),  # no verdict: no reward, but a revision
         ([True, True], [None], 1.0, [1, 0, 1]),
         ([False, False, True], [False, False], 2.0, [0, 1, 0, 1, 3]),
@@ -891,9 +885,10 @@ def test_a_dialogue_goes_on_until_its_check_says_correct(base, problems):
     for d in played(base, problems, temperature=1.2, max_new_tokens=12, revisions=2):
         ids = [*base.prompt_ids(d.problem)]
         for k, turn in enumerate(d.turns):
-            assert turn.role == "solve" if k == 0 else ("revise", "verify")[k % 2]
-            request = {"verify": A.VERIFY_PROMPT, "revise": A.REVISE_PROMPT}.get(turn.role)
-            ids += base.bridge_ids(request, d.turns[k - 1].ended) if request else []
+            assert turn.role == ("solve" if k == 0 else ("revise", "verify")[k % 2])
+            if k > 0:
+                request = A.VERIFY_PROMPT if k % 2 else A.REVISE_PROMPT
+                ids += base.bridge_ids(request, d.turns[k - 1].ended)
             response = d.ids[turn.start : turn.end]
             assert turn.start == len(ids)
             assert turn.ended == (response[-1] in base.end_ids)
@@ -915,7 +910,6 @@ def test_a_dialogue_goes_on_until_its_check_says_correct(base, problems):
 
 
 TEMPLATE = (DATA / "base" / "chat_template.jinja").read_text()
-SYSTEM_TURN = "{{ bos_token }}<|system|>Be brief.<|end|>"
 CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
@@ -923,11 +917,11 @@ CHATML = (
 
 
 @pytest.mark.parametrize(
-    "template, end",
+    "template, end",  # what the template writes after the last turn, if not <|end|> as the base
     [
-        ("{{ bos_token }}" + TEMPLATE, "<|end|>"),
-        (SYSTEM_TURN + TEMPLATE, "<|end|>"),
-        (CHATML, "<|im_end|>\n"),  # foreign to the base, which ends its turns with <|end|>
+        ("{{ bos_token }}" + TEMPLATE, ""),
+        ("{{ bos_token }}<|system|>Be brief.<|end|>" + TEMPLATE, ""),
+        (CHATML, "<|im_end|>\n"),
         (A.PLAIN_TEMPLATE, "\n\n"),
     ],
 )
@@ -939,15 +933,11 @@ def test_a_dialogue_is_what_its_chat_template_would_write(template, end, base, p
     (dialogue,) = played(policy, problems[:1], max_new_tokens=40)
     said = [{"role": "user", "content": A.SOLVE_PROMPT.replace("{problem}", problems[0].problem)}]
     for turn in dialogue.turns:
-        said.append({"role": "assistant", "content": turn.text})
         request = A.REVISE_PROMPT if turn.role == "verify" else A.VERIFY_PROMPT
-        said.append({"role": "user", "content": request})
+        said += [{"role": "assistant", "content": turn.text}, {"role": "user", "content": request}]
     whole = policy.tokenizer.apply_chat_template(said[:-1], tokenize=False)
     spoken = policy.tokenizer.decode(dialogue.ids)
-    if end == "<|end|>":
-        assert spoken == whole and all(turn.ended for turn in dialogue.turns)
-    else:
-        assert spoken.replace("<|end|>", "") + end == whole
+    assert whole == (spoken.replace("<|end|>", "") + end if end else spoken)
     assert len(dialogue.turns) > 1
     assert dialogue.ids.count(policy.tokenizer.bos_token_id) == template.count("bos_token")
 
