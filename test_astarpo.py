@@ -109,6 +109,13 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return error
 
 
+def speaking(policy: A.Policy, template: str) -> A.Policy:
+    """The policy with another chat template."""
+    other = dataclasses.replace(policy, tokenizer=copy.deepcopy(policy.tokenizer), prompts={})
+    other.tokenizer.chat_template = template
+    return other
+
+
 def played(policy: A.Policy, problems: Sequence[A.Problem], **options: Any) -> list[A.Dialogue]:
     """A dialogue about each problem, as in step 1; at temperature 1 unless an option says else."""
     config = A.Config(**{"temperature": 1.0, "max_new_tokens": 30, **options})
@@ -926,10 +933,9 @@ CHATML = (
     ],
 )
 def test_a_dialogue_is_what_its_chat_template_would_write(template, end, base, problems):
-    policy = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer), prompts={})
+    policy = speaking(base, template)
     policy.tokenizer.add_special_tokens({"bos_token": "<|pad|>"})
     policy.tokenizer.add_bos_token = True
-    policy.tokenizer.chat_template = template
     (dialogue,) = played(policy, problems[:1], max_new_tokens=40)
     said = [{"role": "user", "content": A.SOLVE_PROMPT.replace("{problem}", problems[0].problem)}]
     for turn in dialogue.turns:
@@ -948,12 +954,11 @@ def test_a_dialogue_is_what_its_chat_template_would_write(template, end, base, p
 def dialogue(index: int, answers: list[str], verdicts: list[bool | None]) -> A.Dialogue:
     """A dialogue about problem `index`, whose answer is 1, with given outcomes and no text."""
     turns = []
-    for answer, verdict in itertools.zip_longest(answers, verdicts):
-        role = "revise" if turns else "solve"
-        if answer:
-            turns.append(A.Turn(role, 0, 0, "", True, answer=answer, correct=answer == "1"))
-        turns.append(A.Turn("verify", 0, 0, "", True, verdict=verdict))
-    made = A.Dialogue(A.Problem(index, "", "1"), [], turns=turns[: len(answers) + len(verdicts)])
+    for k, answer in enumerate(answers):
+        role = "revise" if k else "solve"
+        turns.append(A.Turn(role, 0, 0, "", True, answer=answer, correct=answer == "1"))
+        turns += [A.Turn("verify", 0, 0, "", True, verdict=v) for v in verdicts[k : k + 1]]
+    made = A.Dialogue(A.Problem(index, "", "1"), [], turns=turns)
     made.pay(alpha=1.0)
     return made
 
@@ -1039,22 +1044,35 @@ def test_an_update_that_is_not_finite_leaves_the_weights_alone(dtype, problems):
     assert policy.scaler.get_scale() == (scale / 2 if dtype == "float16" else 1)
 
 
-SHARED = "acc_t1 acc_final verifier_acc verifier_balanced_acc revision_rate answer_change_ratio "
-METRICS = set(
-    f"""{SHARED} step loss reward_solve reward_verify reward_revise v_star kl entropy
-    grad_norm lr response_tokens tokens_per_second""".split()
-)
-SUMMARY = set(
-    f"""{SHARED} n verifier_pool_balanced_acc fixed broken mean_response_tokens
-    no_answer_rate truncated_rate by_level by_subject""".split()
-)
+SHARED = {"acc_t1", "acc_final", "verifier_acc", "verifier_balanced_acc", "revision_rate"}
+METRICS = SHARED | {
+    "step",
+    "loss",
+    "reward_solve",
+    "reward_verify",
+    "reward_revise",
+    "v_star",
+    "kl",
+}
+METRICS |= {
+    "answer_change_ratio",
+    "entropy",
+    "grad_norm",
+    "lr",
+    "response_tokens",
+    "tokens_per_second",
+}
+SUMMARY = SHARED | {"n", "verifier_pool_balanced_acc", "fixed", "broken", "by_level", "by_subject"}
+SUMMARY |= {"answer_change_ratio", "mean_response_tokens", "no_answer_rate", "truncated_rate"}
+SMALL = "--seed 5 --steps 2 --batch-size 8 --train-limit 8 --eval-limit 16 --num-samples 2 "
+SMALL += "--max-new-tokens 32 --threads 1 --out"
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """The folder of a short finished run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    A.train(quick(out=str(folder), seed=5, max_new_tokens=32))
+    assert A.main(["train", *SMALL.split(), str(folder)]) == 0
     return folder
 
 
@@ -1106,7 +1124,7 @@ def unfinished(run: Path, folder: Path, *lost: str) -> Path:
 
 def test_the_same_seed_leaves_the_same_folder(finished, tmp_path):
     with concurrent.futures.ThreadPoolExecutor() as pool:  # from a thread as well
-        pool.submit(A.train, quick(out=str(tmp_path / "same"), seed=5, max_new_tokens=32)).result()
+        pool.submit(A.main, ["train", *SMALL.split(), str(tmp_path / "same")]).result()
     assert left_by(tmp_path / "same") == left_by(finished)
 
 
@@ -1118,8 +1136,8 @@ def test_another_seed_can_take_the_same_stage_one_another_model_cannot(finished,
     assert [m["lr"] for m in numbers_of(run)] == pytest.approx([3e-4 / 4, 3e-4 / 2])
     moments = torch.load(run / "state.pt")["optimizer"]["state"].values()
     assert {moment["step"].item() for moment in moments} == {2 * 3}  # updates
-    again = ("--model", run, "--v-star", given, "--out", tmp_path / "none", "--train-limit", 8)
-    assert "other weights" in refused(capsys, "train", *again, "--max-new-tokens", 32)
+    again = (*SMALL.split(), tmp_path / "none", "--v-star", given, "--model", run)
+    assert "other weights" in refused(capsys, "train", *again)
     given.unlink()  # the run has a copy of its own
     folder = unfinished(run, tmp_path / "again", "state.pt")
     told(capsys, "train", "--resume", folder)
@@ -1155,18 +1173,6 @@ def test_statistics_by_hand():
     seen = A.statistics(dialogues)
     assert {name: seen[name] for name in expected} == pytest.approx(expected)
     assert A.statistics(dialogues[:3])["verifier_balanced_acc"] is None  # nothing was wrong
-
-
-def test_evaluation_is_greedy_unless_a_temperature_says_otherwise(base, problems, tmp_path):
-    A.evaluate(A.Config(eval_limit=6, out=str(tmp_path / "greedy"), threads=1))
-    greedy = read_lines(tmp_path / "greedy" / "eval_results.jsonl")
-    expected = played(base, problems[:6], temperature=0.0, max_new_tokens=64)
-    assert [row["ids"] for row in greedy] == [d.ids for d in expected]
-    hot = A.Config(eval_limit=6, out=str(tmp_path / "hot"), temperature=0.6, samples=4, threads=1)
-    assert A.evaluate(hot)["n"] == 6
-    sampled = read_lines(tmp_path / "hot" / "eval_results.jsonl")
-    assert [row["sample"] for row in sampled] == [0, 1, 2, 3] * 6
-    assert len({tuple(row["ids"]) for row in sampled}) > 6
 
 
 def test_the_verifier_pool_is_balanced_and_scored(base):
@@ -1314,16 +1320,11 @@ def fewer_embeddings(model: Path, n: int) -> None:
     loaded.save_pretrained(model)
 
 
-def test_the_marker_that_the_template_writes_after_an_answer_ends_a_turn(tmp_path, base, capsys):
-    folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))  # as base models come:
-    for file in folder.glob("*config.json"):
-        said = json.loads(file.read_text())
-        said |= {"eos_token": "<|pad|>"} if "eos_token" in said else {}
-        said |= {"eos_token_id": said["pad_token_id"]} if "eos_token_id" in said else {}
-        file.write_text(json.dumps(said))
-    policy = A.load_policy(A.Config(model=str(folder)))
-    assert {*base.end_ids} < {*policy.end_ids} and len(policy.end_ids) == 2
-    assert "a turn ends with <|end|>" in capsys.readouterr().out
+def test_the_marker_that_the_template_writes_after_an_answer_ends_a_turn(base):
+    tokenizer, model = copy.deepcopy(base.tokenizer), copy_of(base).model
+    tokenizer.eos_token = tokenizer.pad_token  # as base models come
+    model.generation_config.eos_token_id = tokenizer.pad_token_id
+    assert {*A.turn_ends(model, tokenizer)} == {*base.end_ids, tokenizer.pad_token_id}
 
 
 def test_a_marker_in_a_problem_is_a_text_like_any_other(base):
@@ -1370,11 +1371,9 @@ def test_another_kind_of_model_without_chat_template_trains(tmp_path, base, caps
 
 
 def test_stage_one_is_known_again_though_the_template_tells_the_time(tmp_path, base):
-    dated = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer), prompts={})
-    dated.tokenizer.chat_template = "{{ strftime_now('%f') }}" + base.tokenizer.chat_template
-    problems = A.load_problems(base, quick(), "train")
+    dated = speaking(base, "{{ strftime_now('%f') }}" + TEMPLATE)
+    problems, marks = A.load_problems(base, quick(), "train"), []
     assert dated.prompt_ids(problems[0]) != base.prompt_ids(problems[0])
-    marks = []
     for name in "ab":
         with A.Run(A.Config(out=str(tmp_path / name)), False) as run:
             run.begin(dated, problems)
@@ -1385,14 +1384,18 @@ def test_stage_one_is_known_again_though_the_template_tells_the_time(tmp_path, b
 # --- The command line -----------------------------------------------------------------------------
 
 
-def test_eval_takes_the_newest_finished_run_and_says_so(finished, tmp_path, monkeypatch, capsys):
+def test_eval_is_greedy_and_takes_the_newest_finished_run(
+    finished, base, problems, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert "data/base" in told(capsys, "eval", "--eval-limit", 8, "--out", "first")
-    shutil.copytree(finished, tmp_path / "runs" / "older")
-    assert str(Path("runs", "older", "checkpoint")) in told(capsys, "eval", "--eval-limit", 8)
-    written = next(tmp_path.glob("runs/*-eval"))
-    assert len(read_lines(written / "eval_results.jsonl")) == 8
-    assert SUMMARY <= set(json.loads((written / "eval_summary.json").read_text()))
+    greedily = played(base, problems[:8], temperature=0.0, max_new_tokens=64)
+    rows = read_lines(Path("first/eval_results.jsonl"))
+    assert [row["ids"] for row in rows] == [d.ids for d in greedily]
+    assert SUMMARY <= set(json.loads(Path("first/eval_summary.json").read_text()))
+    shutil.copytree(finished, "runs/older")
+    assert str(Path("runs/older/checkpoint")) in told(capsys, "eval", "--eval-limit", 8)
+    assert len([*Path("runs").glob("*-eval")]) == 1
 
 
 def test_solve_prints_a_dialogue(capsys):
@@ -1420,11 +1423,9 @@ BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
         ("train --log-to tensorboard", "pip install tensorboard"),
         ("train --parallel fsdp --lora 4", "use ddp"),
         ("train --max-new-tokens 5000", "the model's context has"),
-        ("eval --model data/base --max-new-tokens 5000", "the model's context has"),
         ("eval --model data/base --samples 4", "--samples above 1 needs --temperature"),
         ("eval --model data/base --compare nowhere", "nowhere: no such file"),
         ("solve 1+1 --model data/base --max-new-tokens 5000", "the model's context has"),
-        ("solve ", "the problem is empty"),
         ("solve \n", "the problem is empty"),
         (f"solve {'1+1+' * 400} --model data/base", "the model's context has"),
     ],
@@ -1439,10 +1440,10 @@ def test_bad_options_are_one_sentence_and_leave_nothing_behind(
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("option", [{"samples": 2}, {"top_p": 0.9}, {"compare": "data/base"}])
-def test_training_refuses_the_options_of_evaluation_from_python_too(option):
-    with pytest.raises(A.UsageError, match="is for evaluation only"):
-        A.train(quick(out="/dev/null", **option))
+def test_training_refuses_the_options_of_evaluation_from_python_too():
+    for option in ({"samples": 2}, {"top_p": 0.9}, {"compare": "data/base"}):
+        with pytest.raises(A.UsageError, match="is for evaluation only"):
+            A.train(quick(out="/dev/null", **option))
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
@@ -1464,22 +1465,18 @@ def test_where_results_go_is_checked_first_and_nothing_is_overwritten(
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "solve"])
-def test_help_shows_every_option_in_its_group_with_a_sentence_and_its_default(
-    command, capsys, monkeypatch
-):
+def test_help_shows_every_option_with_a_sentence_and_its_default(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit) as stop:
         A.main([command, "--help"])
     assert stop.value.code == 0
-    groups = " ".join(capsys.readouterr().out.split()).split("for real models, other data and long")
+    shown = " ".join(capsys.readouterr().out.split())
     changed = {} if command == "train" else {"eval_limit": 0, "model": "the newest finished run"}
-    names = [item.name for item in dataclasses.fields(A.Config)]
-    for place, item in enumerate(dataclasses.fields(A.Config)):
+    for item in dataclasses.fields(A.Config):
         default, flag = changed.get(item.name, item.default), item.name.replace("_", "-")
         text = item.metadata["help"] + f" (default: {default}" * (default not in ("", None))
-        group = groups[place >= names.index("max_prompt_tokens")]
-        shown = re.search(rf"--{flag}[ ,][^()]* {re.escape(text)}", group)
-        assert bool(shown) == (command in item.metadata["on"]), flag
+        found = re.search(rf"--{flag}[ ,][^()]* {re.escape(text)}", shown)
+        assert bool(found) == (command in item.metadata["on"]), flag
 
 
 def test_what_cannot_be_parsed_ends_with_status_2(capsys):
@@ -1565,14 +1562,7 @@ def when_touched(folder: str, act: Callable[[str], object]) -> None:
     sys.addaudithook(watch)
 
 
-def command_of(config: A.Config) -> list[str]:
-    """The command line with these options."""
-    changed = {k: v for k, v in vars(config).items() if v != getattr(A.Config(), k)}
-    pairs = (("--" + k.replace("_", "-"), str(v)) for k, v in changed.items())
-    return ["train", *itertools.chain(*pairs)]
-
-
-def short_run(folder: Path, moment: int = 0, **changes: object) -> None:
+def short_run(folder: Path, moment: int = 0, *options: str) -> None:
     """In a child: a run with everything in it, from its beginning or from where it was killed, to
     its end or until it touches its folder for the `moment`-th time: then it is killed."""
     touched = itertools.count(1)
@@ -1581,9 +1571,10 @@ def short_run(folder: Path, moment: int = 0, **changes: object) -> None:
     A.PART, sys.modules["matplotlib"] = 4, None  # stage 1 in parts; no pictures
     if A.is_unfinished(folder):
         sys.exit(A.main(["train", "--resume", str(folder)]))
-    small = {"steps": 5, "batch_size": 4, "train_limit": 6, "eval_limit": 6, "max_new_tokens": 10}
-    often = {"save_every": 2, "eval_every": 2, "lr": 1e-3, "out": str(folder)}
-    sys.exit(A.main(command_of(quick(**small, **often, **changes))))
+    small = "--steps 5 --batch-size 3 --minibatches 2 --train-limit 6 --eval-limit 6 "
+    small += "--num-samples 2 --max-new-tokens 10 --update-tokens 1 --threads 1 --lr 1e-3 "
+    small += "--save-every 2 --eval-every 2 --out"
+    sys.exit(A.main(["train", *options, *small.split(), str(folder)]))
 
 
 @pytest.fixture(scope="module")
@@ -1714,7 +1705,7 @@ def test_out_of_memory_is_one_sentence_with_the_remedies_and_the_run_goes_on(
             raise torch.OutOfMemoryError("more than this card has")
 
     with torch.nn.modules.module.register_module_forward_pre_hook(card):
-        assert A.main(command_of(quick(out=str(folder), seed=5, max_new_tokens=32))) == 1
+        assert A.main(["train", *SMALL.split(), str(folder)]) == 1
     error = capsys.readouterr().err.strip()
     assert "out of memory" in error and len(error.splitlines()) == 1
     for remedy in ("rollout-tokens", "update-tokens", "gradient-checkpointing", "resume"):
@@ -1793,33 +1784,6 @@ def together(work: Callable[[], object], second: Callable[[], object] = int) -> 
     return forked(*(functools.partial(process, rank) for rank in "01"))
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path):
-    config = A.Config(parallel=parallel, update_tokens=200, temperature=1.0)
-    some, greedy = problems[:5], A.Config(eval_limit=7, temperature=0.0)
-    dialogues, evaluated = played(base, some), A.evaluate_policy(base, some, greedy)
-    batches = [dialogues, dialogues[:1]]  # three for the one, two for the other; then one, none
-    alone = learner_of(base, base, lr=1.0)
-    expected = [A.update(alone, batch, config) for batch in batches]
-
-    def work() -> None:
-        A.join_processes("")
-        learner = learner_of(base, base, lr=1.0)
-        A.deal_out(learner.policy, learner.ref, config)
-        learner.optimizer = torch.optim.SGD(learner.policy.model.parameters(), lr=1.0)
-        assert played(learner.policy, some) == dialogues
-        assert A.evaluate_policy(learner.policy, some, greedy) == evaluated
-        for batch, numbers in zip(batches, expected):
-            assert A.update(learner, batch, config) == pytest.approx(numbers, rel=1e-4, abs=1e-6)
-        A.save_model(learner.policy, tmp_path / "checkpoint")
-        if A.is_first():
-            saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
-            for name, weight in alone.policy.model.state_dict().items():
-                assert torch.allclose(saved[name], weight, atol=1e-5), name
-
-    assert together(work) == [0, 0]
-
-
 def fails_if_it_writes() -> None:
     when_touched("/", lambda path: path == os.devnull or print(path) or os._exit(3))
 
@@ -1830,7 +1794,7 @@ def dies_in_step_3() -> None:
 
     def count(module: torch.nn.Module, _: object) -> None:
         learns = torch.is_grad_enabled() and isinstance(module, torch.nn.Embedding)
-        if learns and next(passes) == 3:
+        if learns and next(passes) == 8:  # three a step, one for each dialogue, or to keep in step
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.nn.modules.module.register_module_forward_pre_hook(count)
@@ -1841,9 +1805,10 @@ def test_two_processes_make_the_run_of_one_also_when_one_of_them_is_killed(
     parallel, undisturbed, tmp_path, capfd
 ):
     def work() -> None:
-        short_run(tmp_path / "run", parallel=parallel)
+        short_run(tmp_path / "run", 0, "--parallel", parallel)
 
     assert together(work, second=fails_if_it_writes) == [0, 0]
+    assert capfd.readouterr().out.count("written to") == 1
     calm, (alone, _) = left_by(tmp_path / "run"), undisturbed
     assert_close(calm["metrics.jsonl"], alone["metrics.jsonl"])
     assert calm.keys() == alone.keys()
@@ -1864,7 +1829,6 @@ def test_two_processes_make_the_run_of_one_also_when_one_of_them_is_killed(
         ("eval --model nowhere", "nowhere: no such file"),
         ("eval --model data/base --device cuda:0", "cuda:0: under torchrun each process"),
         ("train --resume nowhere", "holds no unfinished run"),
-        ("train --out /dev/null/x", "cannot be written"),
         ("train --steps many", "invalid int value: 'many'"),
     ],
 )
@@ -1874,16 +1838,6 @@ def test_of_several_processes_one_says_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     assert together(lambda: sys.exit(A.main(command.split()))) == [2, 2]
     assert capfd.readouterr().err.count(complaint) == 1 and not [*tmp_path.iterdir()]
-
-
-def test_torchrun_starts_us(tmp_path):
-    small = "--steps 1 --train-limit 4 --batch-size 4 --num-samples 1 --eval-limit 4"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, A.__file__, "train", *small.split(), "--out", str(tmp_path / "run")]
-    shown = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.count("written to") == 1 and shown.stdout.count("stage 2 1/1") == 1
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["n"] == 4
 
 
 # --- How sure can we be ---------------------------------------------------------------------------
@@ -1962,7 +1916,9 @@ def test_eval_samples_votes_and_compares(finished, tmp_path, capsys):
     assert {"pass@1", "pass@2", "pass@3", "maj@3", "pag@3", "acc_final_ci"} <= set(summary)
     assert summary["n"] == 8 and summary["pass@1"] == pytest.approx(summary["acc_t1"])
     assert summary["compare"]["with"] == str(finished)
-    assert len(read_lines(tmp_path / "e" / "eval_results.jsonl")) == 24
+    rows = read_lines(tmp_path / "e" / "eval_results.jsonl")
+    assert [row["sample"] for row in rows] == [0, 1, 2] * 8
+    assert len({tuple(row["ids"]) for row in rows}) > 8
     assert "maj@3" in shown and "problems better" in shown
     assert all(len(line) < 80 or str(tmp_path.parent) in line for line in shown.splitlines())
 
@@ -2031,22 +1987,21 @@ def test_a_fall_of_the_accuracy_is_told_from_chance(capsys):
         assert ("fell from 0.80 (until step 5) to 0.62" in shown) is told
 
 
-def test_stage_one_says_what_can_be_learned(base, problems, capsys):
-    hopeless = [dataclasses.replace(problem, answer="no such answer") for problem in problems[:6]]
-    config = A.Config(temperature=1.0, num_samples=2, max_new_tokens=2)  # and too little room
-    twice = [A.Dialogue(p, [*base.prompt_ids(p)], i) for p in hopeless for i in range(2)]
-    easy = [dialogue(i, ["1"], [True]) for i in range(4)]
-    for turn in (turn for made in easy for turn in made.turns):
-        turn.text, turn.end = str(id(turn)), 10  # all unlike
-    for dialogues, expected, complaints in (
-        (A.rollout(base, twice, config, 0), ["V* of 6", "0.0 to 0.1 6 ####", "never solved 100%",
-            "not solved once in 2", "cut off at --max-new-tokens 2", "pass@2 of"], 3),
-        (easy, ["V* of 4", "0.9 to 1.0 4 ####", "always solved 100%", "mean: solve 1.00",
-            "100% of the problems were solved by each"], 1),
-    ):  # fmt: skip
-        A.report_stage_one(dialogues, A.baselines(dialogues, config), config, set())
-        shown = " ".join(capsys.readouterr().out.split())
-        assert all(part in shown for part in expected) and shown.count("! ") == complaints
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        (
+            "0",
+            "0.0 to 0.1 4 ####; never solved 100%; pass@1 of the reference 0.00; not solved once",
+        ),
+        ("1", "0.9 to 1.0 4 ####; always solved 100%; mean: solve 1.00; were solved by each"),
+    ],
+)
+def test_stage_one_says_what_can_be_learned(answer, expected, capsys):
+    dialogues = [dialogue(i, [answer], [True]) for i in range(4)]
+    A.report_stage_one(dialogues, A.baselines(dialogues, A.Config()), A.Config(), set())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(part in shown for part in ["V* of 4", *expected.split("; ")])
 
 
 def test_a_run_whose_gradients_are_never_finite_stops_with_its_last_good_model(
@@ -2054,9 +2009,8 @@ def test_a_run_whose_gradients_are_never_finite_stops_with_its_last_good_model(
 ):
     loss = A.astarpo_loss
     monkeypatch.setattr(A, "astarpo_loss", lambda *tensors: loss(*tensors) * math.nan)
-    small = {"batch_size": 4, "train_limit": 4, "eval_limit": 4, "num_samples": 1}
     with pytest.raises(A.RunError, match="in 5 steps running"):
-        A.train(quick(**small, steps=9, max_new_tokens=16, out=str(tmp_path / "run")))
+        A.train(quick(steps=9, max_new_tokens=8, out=str(tmp_path / "run")))
     assert capsys.readouterr().out.count("is not finite (step 1)") == 1
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [m["skipped"] for m in metrics] == [1.0] * 5 and metrics[0]["loss"] is None
