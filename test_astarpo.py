@@ -1794,7 +1794,7 @@ def dies_in_step_3() -> None:
 
     def count(module: torch.nn.Module, _: object) -> None:
         learns = torch.is_grad_enabled() and isinstance(module, torch.nn.Embedding)
-        if learns and next(passes) == 8:  # three a step, one for each dialogue, or to keep in step
+        if learns and next(passes) == 5:  # two a step: one of them only keeps in step
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.nn.modules.module.register_module_forward_pre_hook(count)
