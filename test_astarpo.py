@@ -2022,7 +2022,7 @@ def test_a_run_whose_gradients_are_never_finite_stops_with_its_last_good_model(
 
 
 def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
-    finished, tmp_path, monkeypatch
+    finished, tmp_path, monkeypatch, capsys
 ):
     figure = pytest.importorskip("matplotlib.figure").Figure
     drawn, save = [], figure.savefig
@@ -2032,21 +2032,17 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
         run = shutil.copytree(finished, tmp_path / name)
         config = json.loads((run / "config.json").read_text()) | changes
         (run / "config.json").write_text(json.dumps(config))
-        metrics = read_lines(finished / "metrics.jsonl")
-        rows = [json.dumps(m | {"loss": config["seed"] + m["step"]}) + "\n" for m in metrics]
-        (run / "metrics.jsonl").write_text("".join(rows))
-    runs = [str(tmp_path / name) for name in "abc"]
-    assert A.main(["plot", *runs, "--out", str(tmp_path / "all.png")]) == 0
-    axes = drawn[0].axes
-    assert len(axes) == 7  # six, and KL's own scale
-    assert all(axis.get_ylabel() for axis in axes) and all(axis.get_title() for axis in axes[:6])
+        rows = [{"step": step, "loss": config["seed"] + step} for step in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told(capsys, "plot", *(tmp_path / name for name in "abc"), "--out", tmp_path / "all.png")
+    (figure,) = drawn
+    axes = figure.axes
+    assert len(axes) == 7 and all(axis.get_ylabel() for axis in axes)  # six, and KL's own scale
     bands = [band.get_datalim(axes[0].transData).intervaly.tolist() for band in axes[0].collections]
-    assert bands == [[6.5, 7.5], [8.5, 8.5]]  # of the losses, which are made: two seeds, then one
-    legend = drawn[0].legends[0]
-    assert [text.get_text() for text in legend.get_texts()] == ["lr 0.0003", "lr 0.5"]
-    assert [line.get_linestyle() for line in legend.get_lines()] == ["-", "--"]
-    smoothed = [line for line in axes[0].lines if line.get_linestyle() != "None"]
-    assert [line.get_ydata().tolist() for line in smoothed[:2]] == [[7, 7], [8.5, 8.5]]
+    assert bands == [[6.5, 7.5], [8.5, 8.5]]  # of the losses: two seeds, then one
+    lines = [line for line in axes[0].lines if line.get_linestyle() != "None"]  # the smoothed ones
+    assert [line.get_ydata().tolist() for line in lines[:2]] == [[7, 7], [8.5, 8.5]]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["lr 0.0003", "lr 0.5"]
     dialogues = [A.to_dialogue(row) for row in A.read_stage_one(finished / "v_star.jsonl")]
     v_star = A.baselines(dialogues, A.read_config(finished / "config.json"))
     expected, _ = np.histogram([v_star[i, "solve"] for i in range(8)], 10, (0, 1))
@@ -2055,12 +2051,10 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
 
 
 def test_a_picture_needs_a_run_and_matplotlib(finished, tmp_path, monkeypatch, capsys):
-    assert A.main(["plot", str(tmp_path)]) == 2
-    assert "is not the config.json of a run" in capsys.readouterr().err
+    assert "is not the config.json of a run" in refused(capsys, "plot", tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     A.draw(finished)
-    shown = capsys.readouterr().out.strip()
-    assert "pip install matplotlib" in shown and len(shown.splitlines()) == 1
+    assert capsys.readouterr().out.startswith("no picture: pip install matplotlib")
 
 
 # --- Our own problems and the base ----------------------------------------------------------------
@@ -2101,48 +2095,42 @@ def test_the_shipped_problems_are_what_is_made_right_and_various(tmp_path, capsy
         assert any("frac" in row["answer"] for row in rows)
 
 
+def false_sums(text: str) -> list[Any]:
+    """The steps of a solution, like 12 + 30 = 42 or 34 / 6 = 5 r 4, that are not true."""
+    division = r"(\d+) / (\d+) = (\d+) r (\d+), "
+    parts = [[*map(int, found)] for found in re.findall(division, text)]
+    rest = re.sub(r"\\boxed\{(\d+)\}", r"\1", re.sub(division, "", text))
+    sides = re.findall(r"(\d[-+*\d ]*) = (?=(\d[-+*\d ]*))", rest)
+    wrong = [(a, b, q, r) for a, b, q, r in parts if divmod(a, b) != (q, r)]
+    return wrong + [pair for pair in sides if not is_equiv(*pair)]
+
+
 @pytest.mark.parametrize("habits", [False, True])
-def test_what_is_held_out_is_never_shown_in_training(habits):
+def test_demonstrations_teach_true_steps_some_haste_and_nothing_that_is_held_out(habits, base):
     held_out = {largest(row["problem"]) for row in read_lines(DATA / "test.jsonl")}
     assert not held_out & {largest(row["problem"]) for row in read_lines(DATA / "train.jsonl")}
-    assert all(make.reserved(*pair) for pair in held_out)
     assert make.reserved(47, 36) and make.reserved(36, 47)  # the README's
+    hasty: dict[bool, list[bool]] = {True: [], False: []}  # by whether the problem is easy
     rng = random.Random(3)
-    for _ in range(3000):
-        (_, request, _), *turns = make.demonstration(rng, habits)
-        assert largest(request) not in held_out, request
-        for _, text, _ in turns:
-            for pair in re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", text):
-                assert tuple(sorted(map(int, pair))) not in held_out, text
-
-
-def test_every_step_of_every_shown_solution_is_true():
-    rng = random.Random(5)
-    division = r"(\d+) / (\d+) = (\d+) r (\d+), "
-    for _ in range(2000):
-        _, task = make.make_task(rng, demo=False)
-        for text in (task.worked, task.thorough, make.worked_check(task, task.answer)):
-            for a, b, q, r in re.findall(division, text):
-                assert divmod(int(a), int(b)) == (int(q), int(r)), text
-            rest = re.sub(r"\\boxed\{(\d+)\}", r"\1", re.sub(division, "", text))
-            for left, right in re.findall(r"(\d[-+*\d ]*) = (?=(\d[-+*\d ]*))", rest):
-                assert is_equiv(left, right), text
-
-
-def test_haste_does_not_depend_on_the_problem_and_worked_checks_are_right():
-    rng = random.Random(4)
-    hasty: dict[bool, list[bool]] = {True: [], False: []}
-    for _ in range(4000):
-        (_, request, _), (_, attempt, learn), _, (_, judgment, _), *_ = make.demonstration(
-            rng, True
-        )
+    for _ in range(1500):
+        turns = make.demonstration(rng, habits)
+        (_, request, _), (_, attempt, learn), _, (_, judgment, _), *_ = turns
+        assert largest(request) not in held_out
+        for _, text, learnt in turns[1::2]:
+            pairs = re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", text)
+            assert not held_out & {tuple(sorted(map(int, pair))) for pair in pairs}, text
+            assert not learnt or not false_sums(text), text
         right = verify(attempt, solve_again(request.split("\n")[0]))
-        if learn:
-            easy = re.match(r"What is \d+ [-+]", request) is not None
-            hasty[easy].append(attempt.startswith(r"\boxed"))
         assert learn or not right
         assert A.parse_judgment(judgment) is right or not judgment.startswith(make.CHECK)
-    assert all(0.63 < np.mean(group) < 0.77 for group in hasty.values())
+        if learn:
+            hasty[bool(re.match(r"What is \d+ [-+]", request))].append(attempt[0] == "\\")
+        messages = [{"role": role, "content": text} for role, text, _ in turns]
+        ids, learn_it = zip(*make.demo_ids(TOKENIZER, turns))
+        assert [*ids] == base.tokenizer.apply_chat_template(messages, return_dict=False)
+        learnt = TOKENIZER.decode([i for i, learnt in zip(ids, learn_it) if learnt])
+        assert learnt == "".join(f"{text}<|end|>" for _, text, learnt in turns if learnt)
+    assert not habits or all(0.63 < np.mean(group) < 0.77 for group in hasty.values())
 
 
 @settings(max_examples=200)
@@ -2151,22 +2139,6 @@ def test_the_tokenizer_survives_the_reload_and_keeps_any_text(text, base):
     text = unicodedata.normalize("NFC", text)  # Qwen2's own normalizer does this to every text
     assert base.tokenizer.encode(text) == TOKENIZER.encode(text)
     assert base.tokenizer.decode(TOKENIZER.encode(text)) == text
-
-
-@pytest.mark.parametrize("habits", [False, True])
-def test_demonstrations_are_what_the_template_writes_and_only_answers_are_learnt(habits, base):
-    rng = random.Random(7)
-    for _ in range(200):
-        turns = make.demonstration(rng, habits)
-        pairs = make.demo_ids(TOKENIZER, turns)
-        ids = [i for i, _ in pairs]
-        messages = [{"role": role, "content": text} for role, text, _ in turns]
-        assert base.tokenizer.apply_chat_template(messages, return_dict=False) == ids
-        for k in range(1, len(turns), 2):  # each later turn extends the ids of the earlier ones
-            start = A.encode(base.tokenizer, A.render(base.tokenizer, messages[:k]))
-            assert start == ids[: len(start)]
-        learnt = TOKENIZER.decode([i for i, learn in pairs if learn])
-        assert learnt == "".join(f"{text}<|end|>" for _, text, learn in turns if learn)
 
 
 def test_a_base_is_made_the_same_again_and_like_the_shipped_one(tmp_path):
