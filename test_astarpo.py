@@ -1437,13 +1437,6 @@ def test_help_shows_every_option_with_a_sentence_and_its_default(command, capsys
         assert bool(found) == (command in item.metadata["on"]), flag
 
 
-def test_what_cannot_be_parsed_ends_with_status_2(capsys):
-    for command in ("train --steps many", "train --samples 2", "eval --steps 2", "plot", "fly"):
-        with pytest.raises(SystemExit) as stop:
-            A.main(command.split())
-        assert stop.value.code == 2 and "usage: astarpo.py" in capsys.readouterr().err
-
-
 def chosen(command: str) -> A.Config:
     """The options that a command line stands for."""
     return A.chosen_config(A.parse(command.split()))
@@ -1918,11 +1911,9 @@ def test_stage_one_says_what_can_be_learned(capsys):
     dialogues = solved(True, False, False, False)
     A.report_stage_one(dialogues, A.baselines(dialogues, A.Config()), A.Config(), set())
     shown = " ".join(capsys.readouterr().out.split())
-    for part in ("0.0 to 0.1 3 ####", "0.9 to 1.0 1 ####", "mean: solve 0.25, verify 0.25"):
-        assert part in shown
-    assert (
-        "never solved 75%, always solved 25%" in shown and "pass@1 of the reference 0.25" in shown
-    )
+    expected = ["0.0 to 0.1 3 ####", "0.9 to 1.0 1 ####", "mean: solve 0.25, verify 0.25"]
+    expected += ["never solved 75%, always solved 25%", "pass@1 of the reference 0.25"]
+    assert all(part in shown for part in expected)
 
 
 def test_a_run_whose_gradients_are_never_finite_stops_with_its_last_good_model(
