@@ -365,14 +365,6 @@ def test_what_has_been_read_is_kept_in_the_dtype_that_is_computed_in(base, dtype
     assert {kept.dtype for layer in cache.layers for kept in (layer.keys, layer.values)} == {dtype}
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
-def test_batches_hold_everything_once_within_the_budget(lengths, budget):
-    batches = list(A.token_batches(lengths, budget))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
-
-
 # --- Answers --------------------------------------------------------------------------------------
 
 # ' | ' parts the answers of a group, ' ;; ' parts groups. Here the first answer of a group means the
@@ -839,7 +831,6 @@ JUDGMENTS = {
     ],
     None: [
         "I cannot say that the answer is correct.",
-        "If I am not mistaken, the answer is correct.",
         "Not sure; the answer is correct.",
         "The answer is not correct.",
         "The answer is correct or wrong.",
@@ -1288,13 +1279,6 @@ def template(model: Path, text: str) -> None:
     (model / "chat_template.jinja").write_text(text)
 
 
-def fewer_embeddings(model: Path, n: int) -> None:
-    """Cut the vocabulary of the model in the folder, but not its tokenizer's."""
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    loaded.resize_token_embeddings(n)
-    loaded.save_pretrained(model)
-
-
 def test_the_marker_after_an_answer_ends_a_turn_but_in_a_problem_it_is_mere_text(base):
     tokenizer, model = copy.deepcopy(base.tokenizer), copy_of(base).model
     tokenizer.eos_token = tokenizer.pad_token  # as base models come
@@ -1310,11 +1294,10 @@ def test_the_marker_after_an_answer_ends_a_turn_but_in_a_problem_it_is_mere_text
         (lambda model: os.truncate(model / "model.safetensors", 50_000), "cannot be loaded"),
         (lambda model: [f.unlink() for f in model.glob("*token*")], "no tokenizer"),
         (lambda model: (model / "config.json").unlink(), "model_type"),
-        (lambda model: template(model, "{{ raise_exception('not you') }}"), "not you"),
         (lambda model: template(model, SILENT), "drops what"),
         (lambda model: template(model, ONE_TURN), "no later turns are possible"),
         (lambda model: template(model, FORGETFUL), "later turns .* rewrites earlier ones"),
-        (lambda model: fewer_embeddings(model, 300), "embeddings of 300 only"),
+        (lambda model: random_policy("gpt2").model.save_pretrained(model), "embeddings of 40 only"),
     ],
 )
 def test_a_broken_model_is_one_sentence_and_leaves_no_folder(damage, complaint, tmp_path, capsys):
@@ -1387,6 +1370,7 @@ BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
         ("train --train-data nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("train --problem-column tsak", "line 1: no column 'tsak' with a text (there are "),
         ("train --model nowhere", "nowhere: no such file"),
+        ("plot nowhere", "nowhere/config.json is not the config.json of a run"),
         ("train --device cuda:77", "cuda:77"),
         ("train --device abacus", "abacus"),
         ("train --v-star nowhere.jsonl", "no such file"),
@@ -1418,9 +1402,6 @@ def test_nothing_is_overwritten(command, finished, tmp_path, capsys):
         error = refused(capsys, command, "--model", "nowhere", "--out", out)
         assert ("holds files already" if out == finished else "cannot be written") in error
     assert before == left_by(finished)
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "config.json.partial").touch()  # a run was killed there at once
-    assert A.new_folder(str(tmp_path / "new")) == tmp_path / "new"
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "solve"])
@@ -1528,7 +1509,7 @@ def undisturbed(tmp_path_factory) -> dict[str, Any]:
 
 
 SOAK = "ASTARPO_SOAK" in os.environ  # kill it at each of the 79 moments when it touches its folder
-MOMENTS = range(1, 80) if SOAK else (8, 39)  # in stage 1, in a save
+MOMENTS = range(1, 80) if SOAK else (4, 12, 39)  # at once, in stage 1, in a save
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -1882,7 +1863,6 @@ SICK = [
     ({"skipped": 0.5, "loss": None, "kl": None}, "not finite (step 5)"),
     ({"kl": 45.0}, "KL to the reference is 45 nats a turn of 20 tokens"),
     ({"verifier_recall_right": 1.0, "verifier_recall_wrong": 0.01}, "one thing only"),
-    ({"verifier_recall_right": 0.0, "verifier_recall_wrong": 1.0}, "one thing only"),
     ({"same_text_rate": 0.9}, "90% of a batch's first attempts are the same text"),
     ({"response_tokens": 1.0, "kl": 0.1}, "a response has 1.0 tokens"),
     ({}, ""),
@@ -1951,8 +1931,6 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
     assert len(axes) == 7 and all(axis.get_ylabel() for axis in axes)  # six, and KL's own scale
     bands = [band.get_datalim(axes[0].transData).intervaly.tolist() for band in axes[0].collections]
     assert bands == [[6.5, 7.5], [8.5, 8.5]]  # of the losses: two seeds, then one
-    lines = [line for line in axes[0].lines if line.get_linestyle() != "None"]  # the smoothed ones
-    assert [line.get_ydata().tolist() for line in lines[:2]] == [[7, 7], [8.5, 8.5]]
     assert [t.get_text() for t in drawn[0].legends[0].get_texts()] == ["lr 0.0003", "lr 0.5"]
     dialogues = [A.to_dialogue(row) for row in A.read_stage_one(finished / "v_star.jsonl")]
     v_star = A.baselines(dialogues, A.read_config(finished / "config.json"))
@@ -1961,10 +1939,9 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
     assert heights.sum(0).tolist() == (3 * expected).tolist()
 
 
-def test_a_picture_needs_a_run_and_matplotlib(finished, tmp_path, monkeypatch, capsys):
-    assert "is not the config.json of a run" in refused(capsys, "plot", tmp_path)
+def test_a_picture_needs_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    A.draw(finished)
+    A.draw(tmp_path)
     assert capsys.readouterr().out.startswith("no picture: pip install matplotlib")
 
 
@@ -1992,7 +1969,10 @@ def largest(problem: str) -> tuple[int, ...]:
     return tuple(sorted(map(int, re.findall(r"\d+", problem)))[-2:])
 
 
-def test_the_shipped_problems_are_what_is_made_right_and_various(tmp_path, capsys):
+def test_the_shipped_problems_are_what_is_made_right_and_various(tmp_path):
+    for nonsense in ("", "problems --seed -1", "base --threads 0", "base --folder nowhere"):
+        with pytest.raises(SystemExit, match="2"):
+            make.main(nonsense.split())
     make.main(["problems", "--folder", str(tmp_path)])
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
@@ -2064,13 +2044,6 @@ def test_attempts_are_as_many_right_as_wrong_or_it_says_what_lacks(tmp_path):
     assert sorted(correct) == [False] * 4 + [True] * 4
     with pytest.raises(SystemExit, match="lack"):
         make.make_attempts(tmp_path, seed=0, wanted=40)
-
-
-@pytest.mark.parametrize("what", ["", "problems --seed -1", "base --threads 0", "base --folder no"])
-def test_make_refuses_what_makes_no_sense(what, capsys):
-    with pytest.raises(SystemExit) as stop:
-        make.main(what.split())
-    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
 
 
 # --- Benchmarks: ASTARPO_BENCH=1 pytest -s -k bench -----------------------------------------------
