@@ -1358,7 +1358,6 @@ BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
         ("train --train-data nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("train --problem-column tsak", "line 1: no column 'tsak' with a text (there are "),
         ("train --model nowhere", "nowhere: no such file"),
-        ("plot nowhere", "nowhere/config.json is not the config.json of a run"),
         ("train --device cuda:77", "cuda:77"),
         ("train --device abacus", "abacus"),
         ("train --v-star nowhere.jsonl", "no such file"),
@@ -1924,7 +1923,8 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
     assert heights.sum(0).tolist() == (3 * expected).tolist()
 
 
-def test_a_picture_needs_matplotlib(tmp_path, monkeypatch, capsys):
+def test_a_picture_needs_a_run_and_matplotlib(tmp_path, monkeypatch, capsys):
+    assert "is not the config.json of a run" in refused(capsys, "plot", tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     A.draw(tmp_path)
     assert capsys.readouterr().out.startswith("no picture: pip install matplotlib")
