@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pathlib
 import random
@@ -29,10 +30,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import types
-import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -51,7 +50,6 @@ import astarpo as A
 from astarpo import extract_answer, is_equiv, normalize_answer, verify
 
 DATA = Path(A.__file__).parent / "data"
-SOURCE = Path(A.__file__).read_text(encoding="utf-8").splitlines()
 torch.set_num_threads(1)
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -75,32 +73,51 @@ def problems(base: A.Policy) -> list[A.Problem]:
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw nothing, as that takes longer than all the rest, but where pictures are tested."""
+def each_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs draw nothing, as that takes longer than all the rest, but where pictures are tested; and
+    we silence other libraries for a while only."""
     if not {"drawn", "picture"} & set(request.node.name.split("_")):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
+    yield
+    assert not logging.root.manager.disable
 
 
 def copy_of(policy: A.Policy) -> A.Policy:
     """A policy of its own to be trained."""
-    model = copy.deepcopy(policy.model).requires_grad_(True)
-    return dataclasses.replace(policy, model=model)
+    return dataclasses.replace(policy, model=copy.deepcopy(policy.model).requires_grad_(True))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def told(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """What is printed by a command that does its work."""
+    capsys.readouterr()
+    assert A.main([*map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The sentence with which a command is refused."""
+    capsys.readouterr()
+    assert A.main([*map(str, arguments)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("astarpo: ") and len(error.splitlines()) == 1
+    return error
+
+
+def speaking(policy: A.Policy, template: str) -> A.Policy:
+    """The policy with another chat template."""
+    other = dataclasses.replace(policy, tokenizer=copy.deepcopy(policy.tokenizer), prompts={})
+    other.tokenizer.chat_template = template
+    return other
 
 
 def played(policy: A.Policy, problems: Sequence[A.Problem], **options: Any) -> list[A.Dialogue]:
     """A dialogue about each problem, as in step 1; at temperature 1 unless an option says else."""
     config = A.Config(**{"temperature": 1.0, "max_new_tokens": 30, **options})
     return A.rollout(policy, [A.Dialogue(p, [*policy.prompt_ids(p)]) for p in problems], config, 1)
-
-
-def test_no_name_is_defined_twice():
-    names = [
-        line.split("(")[0].split()[-1].rstrip(":")
-        for line in SOURCE
-        if re.match(r"def |class ", line)
-    ]
-    names += [line.split()[0] for line in SOURCE if re.match(r"[A-Z_]+ (=|\()", line)]
-    assert [name for name, n in Counter(names).items() if n > 1] == [] and len(names) > 150
 
 
 def test_the_examples_in_the_docstrings_hold():
@@ -143,27 +160,19 @@ def test_v_star_moves_with_the_rewards_and_ignores_their_order(rewards, beta1, s
     assert v_star_of(moved, beta1) == pytest.approx(v_star_of(rewards, beta1) + shift, abs=1e-6)
 
 
-def test_v_star_of_extreme_rewards_does_not_overflow():
-    assert v_star_of([0.0, 1.0], 1e-6) == pytest.approx(1, abs=1e-5)
-    assert v_star_of([-1e6, 0.0], 1.0) == pytest.approx(-math.log(2))
-
-
 # --- The loss -------------------------------------------------------------------------------------
 
-NUMBERS = st.lists(st.floats(-50, 50), min_size=4, max_size=4).map(
-    lambda x: torch.tensor(x).double()
-)
+NUMBERS = st.lists(st.floats(-50, 50), min_size=4, max_size=4).map(torch.DoubleTensor)
 
 
 @given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.floats(1e-3, 2))
-def test_the_loss_is_the_squared_residual(logp, ref, reward, value, beta2):
-    logp.requires_grad_(True)
+def test_the_loss_is_the_squared_residual_and_0_where_equation_4_holds(
+    logp, ref, reward, value, beta2
+):
+    residual = beta2 * (logp - ref) - (reward - value)
     loss = A.astarpo_loss(logp, ref, reward, value, beta2)
-    residual = beta2 * (logp.detach() - ref) - (reward - value)
     assert loss.item() == pytest.approx(residual.square().mean().item())
-    loss.backward()
-    assert torch.allclose(logp.grad, 2 * beta2 * residual / 4)
-    best = ref + (reward - value) / beta2  # equation (4)
+    best = ref + (reward - value) / beta2
     assert A.astarpo_loss(best, ref, reward, value, beta2).item() == pytest.approx(0, abs=1e-12)
 
 
@@ -205,7 +214,7 @@ def test_on_policy_any_baseline_finds_the_optimum_off_policy_only_the_right_v():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # this one with dropout
 def test_the_first_log_ratio_is_zero_to_the_last_bit(kind, dtype):
-    policy = dataclasses.replace(bare(random_model(kind)), dtype=dtype)
+    policy = dataclasses.replace(random_policy(kind), dtype=dtype)
     ref = A.freeze(policy)
     ids = torch.arange(60).reshape(2, 30) % 40
     assert torch.equal(*(A.token_logps(p, ids, ids > 5).detach() for p in (policy, ref)))
@@ -215,27 +224,7 @@ def test_the_first_log_ratio_is_zero_to_the_last_bit(kind, dtype):
     assert not any(p.requires_grad for p in ref.model.parameters())
 
 
-def gpt2_folder(folder: Path, base: A.Policy) -> Path:
-    """A tiny random GPT-2 with the base's tokenizer, but no chat template and no pad token."""
-    sizes = {"vocab_size": len(base.tokenizer), "n_positions": 512}
-    random_model("gpt2", **sizes, eos_token_id=base.end_ids[0]).save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").unlink()
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings.pop("pad_token")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
 # --- Sampling -------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=6))
-def test_random_numbers_are_a_pure_function_of_their_counters(counters):
-    u = A.uniform(*counters)
-    assert 0 <= u < 1 and u == A.uniform(*counters)
-    assert u != A.uniform(*counters[:-1], counters[-1] + 1)
 
 
 def test_random_numbers_are_uniform_and_uncorrelated():
@@ -246,51 +235,45 @@ def test_random_numbers_are_uniform_and_uncorrelated():
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.01
 
 
-def test_tokens_are_drawn_with_their_probabilities():
-    logits = torch.tensor([0.0, -math.inf, 1.0, 2.0, -math.inf])
-    u = torch.from_numpy(A.uniform(1, np.arange(20_000)))
-    for temperature in (0.5, 1.0, 2.0):
-        tokens = A.pick(logits.expand(len(u), -1), u, temperature)
-        seen = torch.bincount(tokens, minlength=5) / len(u)
-        assert torch.allclose(seen, (logits / temperature).softmax(-1), atol=0.015)
-        assert seen[1] == seen[4] == 0
-    edges = torch.tensor([0.0, 1 - 2**-32], dtype=torch.float64)
-    assert A.pick(logits.expand(2, -1), edges, 1.0).tolist() == [0, 3]
-    assert A.pick(logits.flip(0).expand(2, -1), edges, 1.0).tolist() == [1, 4]
+LOGITS = st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=6, unique=True)
+
+
+@given(LOGITS, st.sampled_from([0.5, 1.0, 2.0]), st.just(1.0) | st.floats(0.01, 1))
+def test_tokens_are_drawn_with_their_probabilities(logits, temperature, top_p):
+    """Within the smallest set of likeliest tokens that holds top_p, and nowhere else."""
+    logits = torch.tensor([-math.inf, *logits, -math.inf])
+    p = (logits.double() / temperature).softmax(-1)
+    p[[bool(p[p > one].sum() >= top_p) for one in p]] = 0
+    u = torch.linspace(0, 1 - 2**-32, 2001, dtype=torch.float64)
+    tokens = A.pick(logits.expand(len(u), -1), u, temperature, top_p)
+    seen = torch.bincount(tokens, minlength=len(p)) / len(u)
+    assert torch.allclose(seen.double(), p / p.sum(), atol=2e-3) and not seen[p == 0].any()
 
 
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 KINDS: dict[str, dict[str, Any]] = {
-    "llama": GROUPED,
-    "gemma": GROUPED,
-    "qwen3": GROUPED,
+    **{kind: GROUPED for kind in ("llama", "gemma", "qwen3")},
+    **{kind: {} for kind in ("gpt2", "phi", "falcon", "bloom")},  # bloom: no positions, but a slope
     "mistral": {**GROUPED, "sliding_window": 8},  # less than the prompts
     "mixtral": {**GROUPED, "num_local_experts": 4},
-    "gpt2": {},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8, "num_layers": 2},
-    "phi": {},
-    "falcon": {},
-    "bloom": {},  # no positions, but a slope
+}
+REFUSED: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
     "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"]},
-    "jamba": {**GROUPED, "attn_layer_period": 2, "attn_layer_offset": 1},
     "gemma2": {**GROUPED, "final_logit_softcapping": 2.0},
 }
-REFUSED = ["mamba2", "lfm2", "jamba", "gemma2"]
 
 
-def random_model(kind: str, **sizes: Any) -> Any:
-    """A random model of some architecture, whose words are not all equally likely."""
+def random_policy(kind: str, **sizes: Any) -> A.Policy:
+    """A random model of some architecture, whose words are not all equally likely, and no words to
+    talk to it."""
     usual = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     usual |= {"num_attention_heads": 4, "initializer_range": 0.3}
     usual |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **usual | KINDS[kind] | sizes)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def bare(model: Any) -> A.Policy:
-    """A policy that cannot be talked to in words."""
+    config = AutoConfig.for_model(kind, **usual | (KINDS | REFUSED)[kind] | sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     return A.Policy(model, None, (), torch.device("cpu"), torch.float32)
 
 
@@ -305,14 +288,15 @@ def by_definition(policy: A.Policy, ids: list[int], start: int, u: Any, t: float
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in REFUSED])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_sampled_in_a_batch_is_what_a_plain_forward_gives(kind, temperature):
-    policy, config = bare(random_model(kind)), A.Config(temperature=temperature)
+    policy, config = random_policy(kind), A.Config(temperature=temperature)
     A.check_model(kind, policy)
     starts = ((5, 9), (8, 4), (8, 4), (12, 15), (5, 9), (8, 4))  # ragged, and some are equal
     prompts = [[*range(first, first + n)] for first, n in starts]
     u = A.uniform(3, np.arange(len(prompts))[:, None], np.arange(30))
     endless = A.sample(policy, prompts, u, config)
+    assert {*map(len, endless)} == {30}
     policy.end_ids = (0, endless[1][3])  # so that some end early and leave
     responses = A.sample(policy, prompts, u, config)
     assert len({*map(len, responses)}) > 1
@@ -326,15 +310,17 @@ def test_what_is_sampled_in_a_batch_is_what_a_plain_forward_gives(kind, temperat
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_model_with_another_memory_or_a_soft_cap_is_refused_in_one_sentence(kind):
     with pytest.raises(A.UsageError, match=f"^--model {kind} cannot be sampled here: .*$"):
-        A.check_model(kind, bare(random_model(kind)))
+        A.check_model(kind, random_policy(kind))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_each_turn_of_a_dialogue_is_what_a_plain_forward_gives(base, problems, temperature):
-    for d in played(base, problems, temperature=temperature, rollout_tokens=1500, seed=4):
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (1.0, 1e-6)])
+def test_each_turn_of_a_dialogue_is_what_a_plain_forward_gives(base, problems, temperature, top_p):
+    options = {"temperature": temperature, "top_p": top_p, "rollout_tokens": 1500, "seed": 4}
+    for d in played(base, problems, **options):
         for k, turn in enumerate(d.turns):
             u = A.uniform(4, 1, d.problem.index, 0, k, np.arange(30))
-            expected = by_definition(base, d.ids[: turn.end], turn.start, u, temperature)
+            greedily = temperature * (top_p == 1)  # the likeliest token alone is the greedy choice
+            expected = by_definition(base, d.ids[: turn.end], turn.start, u, greedily)
             assert expected == d.ids[turn.start : turn.end]
 
 
@@ -376,14 +362,6 @@ def test_what_has_been_read_is_kept_in_the_dtype_that_is_computed_in(base, dtype
     with policy.active():
         A.read(policy.model, torch.tensor([[5, 6], [8, 9]]), torch.ones(2, 2).long(), cache)
     assert {kept.dtype for layer in cache.layers for kept in (layer.keys, layer.values)} == {dtype}
-
-
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
-def test_batches_hold_everything_once_within_the_budget(lengths, budget):
-    batches = list(A.token_batches(lengths, budget))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
 
 
 # --- Answers --------------------------------------------------------------------------------------
@@ -846,24 +824,25 @@ def test_math_golds_differ_from_their_mutants() -> None:
 # --- PAG's turns ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text, verdict",
-    [
-        ("Check: 3 + 4 = 7 vs 8: differ. The answer is wrong.", False),
-        ("First I thought the answer is correct. But no: The answer is wrong.", False),
-        ("so 12 = 12.\nTherefore, the answer is correct", True),
-        ("**The answer is wrong.**", False),
-        ("I cannot say that the answer is correct.", None),
-        ("The answer is not correct.", None),
-        ("The answer is correct or wrong.", None),
-        ("Not sure; the answer is correct.", None),
-        ("If I am not mistaken, the answer is correct.", None),
-        ("The answer is 42.", None),
-        ("x" * 100_000, None),
+JUDGMENTS = {
+    True: ["so 12 = 12.\nTherefore, the answer is correct", "**The answer is correct.**"],
+    False: [
+        "Check: 3 + 4 = 7 vs 8: differ. The answer is wrong.",
+        "First I thought the answer is correct. But no: The answer is wrong.",
     ],
-)
-def test_the_verdict_is_the_final_sentence_only(text, verdict):
-    assert A.parse_judgment(text) is verdict
+    None: [
+        "I cannot say that the answer is correct.",
+        "Not sure; the answer is correct.",
+        "The answer is not correct.",
+        "The answer is correct or wrong.",
+        "x" * 100_000,
+    ],
+}
+
+
+@pytest.mark.parametrize("verdict", JUDGMENTS)
+def test_the_verdict_is_the_final_sentence_only(verdict):
+    assert {*map(A.parse_judgment, JUDGMENTS[verdict])} == {verdict}
 
 
 @given(st.text(), st.booleans(), st.text("aeiou ,."))
@@ -873,20 +852,12 @@ def test_a_check_may_say_anything_before_its_verdict_and_nothing_after_it(before
     assert A.parse_judgment(f"{text} {after}hm") is None
 
 
-@pytest.mark.parametrize(
-    "correct, verdicts, alpha, rewards",
-    [
-        ([True], [True], 1.0, [1, 1]),
-        ([False], [True], 1.0, [0, 0]),
-        ([True, True], [False], 1.0, [1, 0, 1]),
-        ([False, False], [False], 1.0, [0, 1, 0]),
-        ([False, True], [None], 0.5, [0, 0, 1.5]),  # no verdict: no reward, but a revision
-        ([True, True], [None], 1.0, [1, 0, 1]),
-        ([False, False, True], [False, False], 2.0, [0, 1, 0, 1, 3]),
-    ],
-)
-def test_each_turn_is_paid_for_what_it_did_itself(correct, verdicts, alpha, rewards):
-    assert A.dialogue_rewards(correct, verdicts, alpha) == pytest.approx(rewards)
+def test_each_turn_is_paid_for_what_it_did_itself():
+    paid = A.dialogue_rewards
+    assert paid([True], [True], 1.0) == [1, 1] and paid([False], [True], 1.0) == [0, 0]
+    assert paid([False, True], [None], 0.5) == [0, 0, 1.5]  # no verdict: no reward, but a revision
+    assert paid([True, True], [None], 1.0) == [1, 0, 1]
+    assert paid([False, False, True], [False, False], 2.0) == [0, 1, 0, 1, 3]
 
 
 def test_a_dialogue_goes_on_until_its_check_says_correct(base, problems):
@@ -894,18 +865,18 @@ def test_a_dialogue_goes_on_until_its_check_says_correct(base, problems):
     for d in played(base, problems, temperature=1.2, max_new_tokens=12, revisions=2):
         ids = [*base.prompt_ids(d.problem)]
         for k, turn in enumerate(d.turns):
-            assert turn.role == "solve" if k == 0 else ("revise", "verify")[k % 2]
-            request = {"verify": A.VERIFY_PROMPT, "revise": A.REVISE_PROMPT}.get(turn.role)
-            ids += base.bridge_ids(request, d.turns[k - 1].ended) if request else []
+            assert turn.role == ("solve" if k == 0 else ("revise", "verify")[k % 2])
+            if k > 0:
+                request = A.VERIFY_PROMPT if k % 2 else A.REVISE_PROMPT
+                ids += base.bridge_ids(request, d.turns[k - 1].ended)
             response = d.ids[turn.start : turn.end]
             assert turn.start == len(ids)
             assert turn.ended == (response[-1] in base.end_ids)
             assert turn.text == base.tokenizer.decode(response, skip_special_tokens=True)
             ids += response
-            if turn.role == "verify":
-                assert turn.verdict is A.parse_judgment(turn.text)
-            else:
-                assert turn.correct is A.verify(turn.text, d.problem.answer)
+            verdict = A.parse_judgment(turn.text) if turn.role == "verify" else None
+            right = turn.role != "verify" and A.verify(turn.text, d.problem.answer)
+            assert (turn.verdict, turn.correct) == (verdict, right)
             seen.add((turn.role, turn.ended, turn.verdict))
         assert d.ids == ids and not any(turn.verdict for turn in d.turns[:-1])
         assert d.turns[-1].verdict or len(d.turns) == 5
@@ -917,59 +888,67 @@ def test_a_dialogue_goes_on_until_its_check_says_correct(base, problems):
     assert {*kinds, *(("verify", True, v) for v in (True, False)), ("verify", False, None)} <= seen
 
 
+TEMPLATE = (DATA / "base" / "chat_template.jinja").read_text()
 CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
 )
-FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 
 
-def test_later_turns_extend_the_same_ids_and_a_template_that_rewrites_is_refused(base):
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
-    for template in (tokenizer.chat_template, CHATML, A.PLAIN_TEMPLATE):
-        tokenizer.chat_template = template
-        said = [("user", "Q"), ("assistant", "R"), ("user", A.VERIFY_PROMPT)]
-        messages = [{"role": role, "content": text} for role, text in said]
-        glued = A.render(tokenizer, messages[:1]) + "R" + A.bridge_text(tokenizer, A.VERIFY_PROMPT)
-        assert glued == A.render(tokenizer, messages)
-    tokenizer.chat_template = FORGETFUL
-    policy = dataclasses.replace(base, tokenizer=tokenizer)
-    A.check_context(policy, A.Config(revisions=0))  # no later turns: any template will do
-    with pytest.raises(A.UsageError, match="template rewrites"):
-        A.check_context(policy, A.Config())
+@pytest.mark.parametrize(
+    "template, end",  # what the template writes after the last turn, if not <|end|> as the base
+    [
+        ("{{ bos_token }}" + TEMPLATE, ""),
+        ("{{ bos_token }}<|system|>Be brief.<|end|>" + TEMPLATE, ""),
+        (CHATML, "<|im_end|>\n"),
+        (A.PLAIN_TEMPLATE, "\n\n"),
+    ],
+)
+def test_a_dialogue_is_what_its_chat_template_would_write(template, end, base, problems):
+    policy = speaking(base, template)
+    policy.tokenizer.add_special_tokens({"bos_token": "<|pad|>"})
+    policy.tokenizer.add_bos_token = True
+    (dialogue,) = played(policy, problems[:1], max_new_tokens=40)
+    said = [{"role": "user", "content": A.SOLVE_PROMPT.replace("{problem}", problems[0].problem)}]
+    for turn in dialogue.turns:
+        request = A.REVISE_PROMPT if turn.role == "verify" else A.VERIFY_PROMPT
+        said += [{"role": "assistant", "content": turn.text}, {"role": "user", "content": request}]
+    whole = policy.tokenizer.apply_chat_template(said[:-1], tokenize=False)
+    spoken = policy.tokenizer.decode(dialogue.ids)
+    assert whole == (spoken.replace("<|end|>", "") + end if end else spoken)
+    assert len(dialogue.turns) > 1
+    assert dialogue.ids.count(policy.tokenizer.bos_token_id) == template.count("bos_token")
 
 
 # --- Training -------------------------------------------------------------------------------------
 
 
-def dialogue(index: int, correct: list[bool], verdicts: list[bool | None]) -> A.Dialogue:
-    """A dialogue with given outcomes and no text."""
-    turns = [A.Turn("solve", 0, 0, "", True, correct=correct[0])]
-    for k, verdict in enumerate(verdicts):
-        turns.append(A.Turn("verify", 0, 0, "", True, verdict=verdict))
-        if k + 1 < len(correct):
-            turns.append(A.Turn("revise", 0, 0, "", True, correct=correct[k + 1]))
+def dialogue(index: int, answers: list[str], verdicts: list[bool | None]) -> A.Dialogue:
+    """A dialogue about problem `index`, whose answer is 1, with given outcomes and no text."""
+    turns = []
+    for k, answer in enumerate(answers):
+        role = "revise" if k else "solve"
+        turns.append(A.Turn(role, 0, 0, "", True, answer=answer, correct=answer == "1"))
+        turns += [A.Turn("verify", 0, 0, "", True, verdict=v) for v in verdicts[k : k + 1]]
     made = A.Dialogue(A.Problem(index, "", "1"), [], turns=turns)
     A.pay(made, A.Config())
     return made
 
 
 def test_a_role_without_samples_gets_the_value_of_all_samples_of_that_role():
-    dialogues = [
-        dialogue(0, [True], [True]),
-        dialogue(0, [False], [True]),
-        dialogue(1, [False, True], [False]),
-        dialogue(1, [False, False], [False]),
-    ]
-    kinds = ("vstar", "mean", "zero")
-    value = {kind: A.baselines(dialogues, A.Config(baseline=kind)) for kind in kinds}
-    assert value["mean"][0, "solve"] == 0.5 and value["mean"][1, "solve"] == 0.0
-    assert value["mean"][0, "revise"] == value["mean"][1, "revise"] == 1.0  # 0 has none: pooled
-    expected = A.estimate_v_star(torch.tensor([2.0, 0.0]), 0.5).item()
-    assert value["vstar"][0, "revise"] == value["vstar"][1, "revise"] == pytest.approx(expected)
-    assert set(value["zero"].values()) == {0.0}
-    for kind in kinds:  # nothing was ever revised: there is nothing to pool
-        assert A.baselines(dialogues[:2], A.Config(baseline=kind))[0, "revise"] == 0.0
+    dialogues = [dialogue(0, ["1"], [True]), dialogue(0, ["0"], [True])]
+    dialogues += [dialogue(1, ["0", "1"], [False]), dialogue(1, ["0", "0"], [False])]
+    pooled = {
+        "vstar": A.estimate_v_star(torch.tensor([2.0, 0.0]), 0.5).item(),
+        "mean": 1,
+        "zero": 0,
+    }
+    for kind, expected in pooled.items():
+        config = A.Config(baseline=kind)
+        values = A.baselines(dialogues, config)
+        assert values[0, "revise"] == values[1, "revise"] == pytest.approx(expected)
+        assert values[1, "solve"] == 0 and (values[0, "solve"] == 0.5 or kind != "mean")
+        assert A.baselines(dialogues[:2], config)[0, "revise"] == 0  # nothing to pool
 
 
 def learner_of(policy: A.Policy, ref: A.Policy, **options: float) -> A.Learner:
@@ -977,6 +956,10 @@ def learner_of(policy: A.Policy, ref: A.Policy, **options: float) -> A.Learner:
     policy = copy_of(policy)
     optimizer = torch.optim.SGD(policy.model.parameters(), **options)
     return A.Learner(policy, A.freeze(ref), defaultdict(lambda: 0.4), optimizer)
+
+
+def weights_of(learner: A.Learner) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in learner.policy.model.parameters()])
 
 
 def log_p(policy: A.Policy, dialogue: A.Dialogue, turn: A.Turn, temperature: float) -> Tensor:
@@ -993,7 +976,9 @@ def test_an_update_is_a_step_down_equation_6_however_it_is_cut(base, problems, m
         for parameter in moved.model.parameters():
             parameter.mul_(1.01)  # no longer the reference
     turns = [(d, turn) for d in dialogues for turn in d.turns]
-    ratio = torch.stack([log_p(moved, *turn, 0.9) - log_p(base, *turn, 0.9) for turn in turns])
+    logps = torch.stack([log_p(moved, *turn, 0.9) for turn in turns])
+    ratio = logps - torch.stack([log_p(base, *turn, 0.9) for turn in turns])
+    n_tokens = sum(turn.end - turn.start for _, turn in turns)
     reward = torch.tensor([turn.reward for _, turn in turns])
     loss = (0.05 * ratio - (reward - 0.4)).square().mean()
     ours = [p for p in moved.model.parameters() if p.requires_grad]
@@ -1008,68 +993,80 @@ def test_an_update_is_a_step_down_equation_6_however_it_is_cut(base, problems, m
         assert torch.allclose(gradient, expected, atol=1e-5 * expected.norm().item())
         assert seen["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert seen["kl"] == pytest.approx(ratio.mean().item(), rel=1e-3) and abs(seen["kl"]) > 1e-3
+        assert seen["entropy"] == pytest.approx(-logps.sum().item() / n_tokens, rel=1e-4)
         assert seen["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
         assert seen["v_star"] == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_at_the_first_update_the_kl_is_zero(base, problems, dtype):
-    base = dataclasses.replace(base, dtype=dtype)
-    dialogues = played(base, problems[:8])
-    seen = A.update(learner_of(base, base, lr=0.1), dialogues, A.Config(temperature=1.0))
-    advantages = [turn.reward - 0.4 for d in dialogues for turn in d.turns]
-    assert seen["kl"] == 0 and seen["loss"] == pytest.approx(np.square(advantages).mean())
-    assert seen["entropy"] > 0.1
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_update_that_is_not_finite_leaves_the_weights_alone(dtype, problems):
+    config = A.Config(dtype=dtype, threads=1, temperature=1.0)
+    policy = A.load_policy(config)
+    dialogues, learner = played(policy, problems[:2]), learner_of(policy, policy, lr=1.0)
+    before, scale = weights_of(learner), policy.scaler.get_scale()
+    seen = A.update(learner, dialogues, config)
+    assert not seen["skipped"] and not torch.equal(before, weights_of(learner))
+    assert seen["grad_norm"] < 1  # that of the loss itself, not of the scaled one
+    before = weights_of(learner)
+    learner.policy.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+    assert A.update(learner, dialogues, config)["skipped"]
+    assert torch.equal(before, weights_of(learner))
+    assert policy.scaler.get_scale() == (scale / 2 if dtype == "float16" else 1)
 
 
-def test_an_update_that_is_not_finite_leaves_the_weights_alone(base, problems):
-    learner = learner_of(base, base, lr=0.1)
-    dialogues = played(base, problems[:4], max_new_tokens=8, revisions=0)
-    for reward, skipped in ((math.inf, 1), (1.0, 0)):
-        dialogues[0].turns[0].reward = reward
-        assert A.update(learner, dialogues, A.Config(temperature=1.0))["skipped"] == skipped
-        pairs = zip(learner.policy.model.parameters(), base.model.parameters())
-        assert all(torch.equal(*pair) for pair in pairs) is bool(skipped)
-
-
-SHARED = "acc_t1 acc_final verifier_acc verifier_balanced_acc revision_rate answer_change_ratio "
-METRICS = set(
-    f"""{SHARED} step loss reward_solve reward_verify reward_revise v_star kl entropy
-    grad_norm lr response_tokens tokens_per_second""".split()
-)
-SUMMARY = set(
-    f"""{SHARED} n verifier_pool_balanced_acc fixed broken mean_response_tokens
-    no_answer_rate truncated_rate by_level by_subject""".split()
-)
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+SHARED = {"acc_t1", "acc_final", "verifier_acc", "verifier_balanced_acc", "revision_rate"}
+METRICS = SHARED | {
+    "step",
+    "loss",
+    "reward_solve",
+    "reward_verify",
+    "reward_revise",
+    "v_star",
+    "kl",
+}
+METRICS |= {
+    "answer_change_ratio",
+    "entropy",
+    "grad_norm",
+    "lr",
+    "response_tokens",
+    "tokens_per_second",
+}
+SUMMARY = SHARED | {"n", "verifier_pool_balanced_acc", "fixed", "broken", "by_level", "by_subject"}
+SUMMARY |= {"answer_change_ratio", "mean_response_tokens", "no_answer_rate", "truncated_rate"}
+SMALL = "--seed 5 --steps 2 --batch-size 8 --train-limit 8 --eval-limit 16 --num-samples 2 "
+SMALL += "--max-new-tokens 32 --threads 1 --out"
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """The folder of a short finished run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    A.train(quick(out=str(folder), seed=5, max_new_tokens=32))
+    assert A.main(["train", *SMALL.split(), str(folder)]) == 0
     return folder
 
 
 def test_a_run_folder_holds_what_the_readme_says(finished):
     metrics = read_lines(finished / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2] and METRICS <= set(metrics[0])
+    assert [m["kl"] == 0 for m in metrics] == [True, False]  # it begins as the reference
     summary = json.loads((finished / "summary.json").read_text())
     for part in ("before", "after"):
         assert SUMMARY <= set(summary[part]) and summary[part]["n"] == 16
         assert sum(level["n"] for level in summary[part]["by_level"].values()) == 16
-    config = json.loads((finished / "config.json").read_text())
-    assert config["seed"] == 5 and len(config["weights"]) == 16 and "torch" in config["versions"]
+    assert {"seed", "weights", "versions"} <= set(
+        json.loads((finished / "config.json").read_text())
+    )
     rows = read_lines(finished / "eval_results.jsonl")
     assert len(rows) == 16 and {"text", "answer", "verdict"} <= set(rows[0]["turns"][0])
     head, *stage_one = read_lines(finished / "v_star.jsonl")
     assert "fingerprint" in head and [row["sample"] for row in stage_one] == [0, 1] * 8
     model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
     assert len(AutoTokenizer.from_pretrained(finished / "checkpoint")) == model.config.vocab_size
+    learned = dict(model.named_parameters())  # without lm_head.weight, which is embed_tokens.weight
+    saved = torch.load(finished / "state.pt", weights_only=True)["model"]
+    assert saved.keys() == learned.keys()
+    assert all(torch.equal(saved[name], learned[name]) for name in saved)
 
 
 def numbers_of(run: Path) -> list[dict]:
@@ -1079,33 +1076,49 @@ def numbers_of(run: Path) -> list[dict]:
     return [{name: line[name] for name in line if not costs.search(name)} for line in lines]
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tmp_path):
+def left_by(run: Path) -> dict[str, Any]:
+    """All that a run has left, without what it cost and where it lies: two runs can be compared."""
+    files = {str(file.relative_to(run)): file for file in run.rglob("*") if file.is_file()}
+    files.pop("dashboard.png", None)
+    found = {name: file.read_bytes() for name, file in files.items()}
+    costs = {"metrics.jsonl": numbers_of(run), "config.json": None, "state.pt": None}
+    return found | {name: costs[name] for name in costs.keys() & found.keys()}
+
+
+def unfinished(run: Path, folder: Path, *lost: str) -> Path:
+    """A finished run made unfinished: its summary is gone, and what else is lost."""
+    shutil.copytree(run, folder)
+    for name in ("summary.json", *lost):
+        (folder / name).unlink()
+    return folder
+
+
+def test_the_same_seed_leaves_the_same_folder(finished, tmp_path):
     with concurrent.futures.ThreadPoolExecutor() as pool:  # from a thread as well
-        pool.submit(A.train, quick(out=str(tmp_path / "same"), seed=5, max_new_tokens=32)).result()
-    assert numbers_of(finished) == numbers_of(tmp_path / "same")
-    for file in ("v_star.jsonl", "checkpoint/model.safetensors"):
-        assert (finished / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
+        pool.submit(A.main, ["train", *SMALL.split(), str(tmp_path / "same")]).result()
+    assert left_by(tmp_path / "same") == left_by(finished)
 
 
 def test_another_seed_can_take_the_same_stage_one_another_model_cannot(finished, tmp_path, capsys):
-    stage_one, run = finished / "v_star.jsonl", tmp_path / "run"
-    options = {"max_new_tokens": 32, "minibatches": 3, "warmup": 4, "v_star": str(stage_one)}
+    given, run = Path(shutil.copy(finished / "v_star.jsonl", tmp_path)), tmp_path / "run"
+    options = {"max_new_tokens": 32, "minibatches": 3, "warmup": 4, "v_star": str(given)}
     A.train(quick(out=str(run), seed=6, **options))
-    assert (run / "v_star.jsonl").read_bytes() == stage_one.read_bytes()
     assert [m["loss"] for m in numbers_of(run)] != [m["loss"] for m in numbers_of(finished)]
     assert [m["lr"] for m in numbers_of(run)] == pytest.approx([3e-4 / 4, 3e-4 / 2])
     moments = torch.load(run / "state.pt")["optimizer"]["state"].values()
     assert {moment["step"].item() for moment in moments} == {2 * 3}  # updates
-    again = ["--model", str(run), "--v-star", str(stage_one), "--out", str(tmp_path / "none")]
-    assert A.main(["train", *again, "--max-new-tokens", "32", "--train-limit", "8"]) == 2
-    assert "other weights" in capsys.readouterr().err
+    again = (*SMALL.split(), tmp_path / "none", "--v-star", given, "--model", run)
+    assert "other weights" in refused(capsys, "train", *again)
+    given.unlink()  # the run has a copy of its own
+    folder = unfinished(run, tmp_path / "again", "state.pt")
+    told(capsys, "train", "--resume", folder)
+    assert left_by(folder) == left_by(run)
+    assert left_by(run)["v_star.jsonl"] == left_by(finished)["v_star.jsonl"]
 
 
 def test_training_raises_the_reward(tmp_path):
-    config = A.Config(
-        steps=14, batch_size=48, train_limit=48, num_samples=4, eval_limit=64, revisions=0, seed=1,
-        out=str(tmp_path / "run"), warmup=1, lr=5e-4,
-    )  # fmt: skip
+    sizes = {"steps": 14, "batch_size": 48, "train_limit": 48, "num_samples": 4, "eval_limit": 64}
+    config = quick(**sizes, revisions=0, seed=1, warmup=1, lr=5e-4, out=str(tmp_path / "run"))
     summary = A.train(config)
     assert summary["after"]["acc_t1"] > summary["before"]["acc_t1"] + 0.2
     rewards = [m["reward_solve"] for m in read_lines(tmp_path / "run" / "metrics.jsonl")]
@@ -1243,9 +1256,9 @@ def test_a_learned_value_knows_more_at_the_end_than_at_the_prompt(base, capsys):
 
 
 def test_a_bonus_and_a_price_are_paid_besides():
-    made = dialogue(0, [False, True], [False])
+    made = dialogue(0, ["2", "1"], [False])
     config = A.Config(format_reward=0.5, length_penalty=0.1, max_new_tokens=2)  # above 1 token
-    made.turns[0].answer, made.turns[1].end = "7", made.turns[1].start + 4
+    made.turns[2].answer, made.turns[1].end = None, 4
     plain = [turn.reward for turn in made.turns]
     A.pay(made, config)
     over = [max(0, turn.end - turn.start - 1) for turn in made.turns]
@@ -1285,41 +1298,28 @@ def test_eval_finds_answers_by_search(tmp_path, capsys):
 
 
 def test_statistics_by_hand():
-    dialogues = [
-        dialogue(0, [True], [True]),
-        dialogue(1, [False], [True]),
-        dialogue(2, [False, True], [False]),  # mended
-        dialogue(3, [True, False], [None]),  # broken
-    ]
-    for d in dialogues:
-        for turn in d.attempts:
-            turn.answer = "1" if turn.correct else "0"
-    expected = {"acc_t1": 1 / 2, "acc_final": 1 / 2, "verifier_acc": 1 / 2, "fixed": 1, "broken": 1}
-    expected |= {"revision_rate": 1 / 2, "answer_change_ratio": 1, "reward_revise": (2 - 1) / 2}
+    """A missing verdict is a miss; to break and to mend is what a revision can do."""
+    outcomes = [(["1"], [True])] * 3 + [(["0"], [True]), (["0"], [False])]
+    outcomes += [(["0", "1"], [False]), (["1", "0"], [None]), (["1", "1"], [False])]
+    outcomes += [(["0", "2"], [None])]
+    dialogues = [dialogue(i, *outcome) for i, outcome in enumerate(outcomes)]
+    expected = {"acc_t1": 5 / 9, "acc_final": 5 / 9, "fixed": 1, "broken": 1}
+    expected |= {"verifier_recall_right": 3 / 5, "verifier_recall_wrong": 2 / 4}
+    expected |= {"verifier_acc": 5 / 9, "verifier_balanced_acc": (3 / 5 + 2 / 4) / 2}
+    expected |= {"verifier_precision": 3 / 4, "revision_rate": 4 / 9, "answer_change_ratio": 3 / 4}
+    expected |= {"reward_verify": 5 / 9, "reward_revise": (2 - 1 + 1 + 0) / 4}
     seen = A.statistics(dialogues)
     assert {name: seen[name] for name in expected} == pytest.approx(expected)
-
-
-def test_evaluation_is_greedy_unless_a_temperature_says_otherwise(base, problems, tmp_path):
-    A.evaluate(A.Config(eval_limit=6, out=str(tmp_path / "greedy"), threads=1))
-    greedy = read_lines(tmp_path / "greedy" / "eval_results.jsonl")
-    expected = played(base, problems[:6], temperature=0.0, max_new_tokens=64)
-    assert [row["ids"] for row in greedy] == [d.ids for d in expected]
-    hot = A.Config(eval_limit=6, out=str(tmp_path / "hot"), temperature=0.6, samples=4, threads=1)
-    assert A.evaluate(hot)["n"] == 6
-    sampled = read_lines(tmp_path / "hot" / "eval_results.jsonl")
-    assert [row["sample"] for row in sampled] == [0, 1, 2, 3] * 6
-    assert len({tuple(row["ids"]) for row in sampled}) > 6
+    assert A.statistics(dialogues[:3])["verifier_balanced_acc"] is None  # nothing was wrong
 
 
 def test_the_verifier_pool_is_balanced_and_scored(base):
     rows = read_lines(DATA / "attempts.jsonl")
     assert len(rows) >= 1000 and 2 * sum(row["correct"] for row in rows) == len(rows)
-    for row in rows[:200]:
-        assert A.verify(row["attempt"], row["answer"]) is row["correct"]
-    assert len({row["problem"] for row in rows}) == len(rows)
-    held_out = {row["problem"] for row in read_lines(DATA / "test.jsonl")}
-    assert {row["problem"] for row in rows} <= held_out
+    assert all(A.verify(row["attempt"], row["answer"]) is row["correct"] for row in rows[:200])
+    asked = {row["problem"] for row in rows}
+    assert len(asked) == len(rows)
+    assert asked <= {row["problem"] for row in read_lines(DATA / "test.jsonl")}
     config = A.Config(temperature=0.0, eval_limit=100, problem_column="task")  # the pool is ours
     greedily = A.evaluate_pool(base, config)
     assert 0.3 < greedily["verifier_pool_balanced_acc"] < 0.8
@@ -1380,40 +1380,37 @@ def test_files_and_folders_of_all_common_formats_are_read(name, write, tmp_path,
         (("train", "test"), "train", 1),
         (("test", "train"), "test", 1),
         (("algebra", "geometry"), "train", 2),  # the configurations of one data set: all are read,
-        (("main", "socratic"), "train", 1),  # but if one is the main one,
-        (("algebra", "all", "algebra"), "train", 2),  # and each problem once
+        (("main", "socratic"), "train", 1),  # but if one is the main one, that
     ],
 )
 def test_of_a_data_set_the_right_parts_are_read(names, split, taken, tmp_path, base):
     for name in names:
-        rows = [
-            {"question": n, "answer": "#### 1"} for n in ([*names] if name == "all" else [name])
-        ]
-        Dataset.from_list(rows).to_json(tmp_path / f"{name}.jsonl")
+        row = {"question": name, "answer": "#### 1"}
+        Dataset.from_list([row]).to_json(tmp_path / f"{name}.jsonl")
     if split not in names:
-        each = dict.fromkeys(names)
-        head = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in each)
+        head = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in names)
         (tmp_path / "README.md").write_text(f"---\nconfigs:\n{head}---\n")
     config = A.Config(train_data=str(tmp_path), eval_data=str(tmp_path))
     assert [p.problem for p in A.load_problems(base, config, split)] == [*names][:taken]
 
 
 def test_what_cannot_be_used_is_left_out_and_counted(tmp_path, base, capsys):
-    sentence = "a whole sentence, and more of it."
-    answers = [None, "", "proof", "notfound", "5", "6", sentence, r"\\frac12"]
+    answers = [None, "", "proof", "notfound", "5", "6", "a sentence, and more", r"\\frac12"]
     rows = [{"problem": f"P{n}", "answer": answer} for n, answer in enumerate(answers)]
     rows += [{"problem": "Prove it."}, rows[4]]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = A.Config(train_data=str(tmp_path / "a.jsonl"), train_limit=0)
     golds = [problem.answer for problem in A.load_problems(base, config, "train")]
+    assert golds == ["5", "6", "a sentence, and more", r"\frac12"]
     shown = " ".join(capsys.readouterr().out.split())
-    assert golds == ["5", "6", sentence, r"\frac12"]
-    assert "5 have no answer" in shown and "1 came before" in shown
-    assert "1 answers can only be met word for word" in shown and "a whole sentence" in shown
+    for part in ("5 have no answer", "1 came before", "1 answers can only be met word for word"):
+        assert part in shown
 
 
 GOOD_LINE = b'{"problem": "1 + 1?", "answer": "2"}\n'
-LONG_LINE = b'{"problem": "%s", "answer": "2"}\n' % (b"long " * 400)
+LONG_LINE = GOOD_LINE.replace(b"1 + 1", b"long " * 400)
+NO_CONFIGS = [b"no json", b"[1]", b"5", b"null", b'{"steps": "40"}', b'{"steps": 4.5}', b"\0"]
+NO_CONFIGS += [b'{"lr": null}', b'{"gradient_checkpointing": "no"}', b'{"learning_rate": 1}']
 
 
 @pytest.mark.parametrize(
@@ -1421,37 +1418,30 @@ LONG_LINE = b'{"problem": "%s", "answer": "2"}\n' % (b"long " * 400)
     [
         ("a.jsonl", b"", "holds no problems"),
         ("a.jsonl", GOOD_LINE + b"not json\n", "line 2: not JSON"),
-        ("a.jsonl", b'{"problem": "1 + \\ud800?", "answer": "2"}\n', "line 1: not JSON in UTF-8"),
-        ("a.jsonl", b'{"problem": "\xff", "answer": "2"}\n', "line 1: not JSON in UTF-8"),
+        ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\\ud800"), "line 1: not JSON in UTF-8"),
+        ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\xff"), "line 1: not JSON in UTF-8"),
         ("a.jsonl", b"[" * 99999 + b"\n", "line 1: not JSON"),
-        ("a.jsonl", b'{"problem": "1 + 1?"}\n', r"holds no problems .*the columns problem$"),
-        ("a.jsonl", b'{"answer": "2"}\n', "line 1: no column 'problem' with a text"),
-        (
-            "a.jsonl",
-            b'{"problem": {}, "answer": "2"}\n',
-            r"text \(there are problem \(dict\), answer",
-        ),
-        ("a.jsonl", b'{"problem": "1 + 1?", "answer": ""}\n', "holds no problems that can be used"),
+        ("a.jsonl", b'{"problem": "1 + 1?"}\n', "holds no problems .*columns problem$"),
+        ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', r"line 1: .*problem \(dict\), answer"),
+        ("a.jsonl", LONG_LINE, "holds no problems .* 1 are longer"),
         ("a.jsonl", b"[1]\n", "line 1: not a JSON object"),
-        ("a.jsonl", LONG_LINE, "holds no problems that can be used"),
-        ("a.json", b"", "cannot be read: StopIteration"),
-        ("a.json", b'{"a": 1}', "row 0: no column 'problem' with a text"),
-        ("a.json", b"[1, 2]", "row 0: no column 'problem' with a text"),
-        ("a.csv", b"", "cannot be read: No columns"),
-        ("a.csv", b"x,y\n1,2\n", "row 0: no column 'problem' with a text"),
-        ("a.parquet", b"PAR1" + b"noise" * 99, "cannot be read: Parquet magic bytes"),
+        ("a.json", b"", "cannot be read"),
+        ("a.csv", b"x,y\n1,2\n", "row 0: no column 'problem'"),
+        ("a.parquet", b"PAR1" + b"noise" * 99, "cannot be read"),
+        *(("config.json", content, "is not the config.json of a run") for content in NO_CONFIGS),
     ],
 )
-def test_bad_data_names_the_file_and_the_line(name, content, complaint, tmp_path, base):
+def test_a_bad_file_is_one_sentence_that_names_it(name, content, complaint, tmp_path, capsys):
     file = tmp_path / name
     file.write_bytes(content)
-    with pytest.raises(A.UsageError, match=complaint) as caught:
-        A.load_problems(base, A.Config(train_data=str(file)), "train")
-    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    option = "--config" if name == "config.json" else "--train-data"
+    error = refused(capsys, "train", option, file, "--out", tmp_path / "out")
+    assert re.search(complaint, error) and str(file) in error and not (tmp_path / "out").exists()
 
 
+SILENT = "{% for m in messages %}<|user|>{% endfor %}"
 ONE_TURN = "{{ messages[0].content }}{% if messages[1:] %}{{ raise_exception('1') }}{% endif %}"
-FORGETFUL = "{% for m in messages[-1:] %}{{ m.content }}{% endfor %}"
+FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 
 
 def template(model: Path, text: str) -> None:
@@ -1459,156 +1449,72 @@ def template(model: Path, text: str) -> None:
     (model / "chat_template.jinja").write_text(text)
 
 
-def fewer_embeddings(model: Path, n: int) -> None:
-    """Cut the vocabulary of the model in the folder, but not its tokenizer's."""
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    loaded.resize_token_embeddings(n)
-    loaded.save_pretrained(model)
-
-
-def test_the_marker_that_the_template_writes_after_an_answer_ends_a_turn(tmp_path, base, capsys):
-    folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))  # as base models come:
-    for file in folder.glob("*config.json"):
-        said = json.loads(file.read_text())
-        said |= {"eos_token": "<|pad|>"} if "eos_token" in said else {}
-        said |= {"eos_token_id": said["pad_token_id"]} if "eos_token_id" in said else {}
-        file.write_text(json.dumps(said))
-    policy = A.load_policy(A.Config(model=str(folder)))
-    assert {*base.end_ids} < {*policy.end_ids} and len(policy.end_ids) == 2
-    assert "a turn ends with <|end|>" in capsys.readouterr().out
-
-
-def test_a_marker_in_a_problem_is_a_text_like_any_other(base):
-    plain, marked = (base.prompt_ids(A.Problem(0, text, "")) for text in ("ab", "a<|end|>b"))
-    assert marked.count(base.end_ids[0]) == plain.count(base.end_ids[0]) == 1
-    assert "a< |end|>b" in base.tokenizer.decode(marked)
-
-
-def test_loading_leaves_the_libraries_as_they_were(tmp_path, base):
-    import datasets
-    import transformers.utils.logging as talk
-
-    def state() -> tuple[object, ...]:
-        return (
-            logging.root.manager.disable,
-            talk.get_verbosity(),
-            datasets.is_progress_bar_enabled(),
-        )
-
-    before = state()
-    A.load_policy(A.Config(threads=1))
-    Dataset.from_list(ROWS).to_json(tmp_path / "a.json")
-    A.load_problems(base, A.Config(train_data=str(tmp_path / "a.json")), "train")
-    assert state() == before
+def test_the_marker_after_an_answer_ends_a_turn_but_in_a_problem_it_is_mere_text(base):
+    tokenizer, model = copy.deepcopy(base.tokenizer), copy_of(base).model
+    tokenizer.eos_token = tokenizer.pad_token  # as base models come
+    model.generation_config.eos_token_id = tokenizer.pad_token_id
+    assert {*A.turn_ends(model, tokenizer)} == {*base.end_ids, tokenizer.pad_token_id}
+    ids = base.prompt_ids(A.Problem(0, "a<|end|>b", ""))
+    assert ids.count(base.end_ids[0]) == 1 and "a< |end|>b" in base.tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(
     "damage, complaint",
     [
         (lambda model: os.truncate(model / "model.safetensors", 50_000), "cannot be loaded"),
-        (lambda model: (model / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda model: [f.unlink() for f in model.glob("*token*")], "no tokenizer"),
         (lambda model: (model / "config.json").unlink(), "model_type"),
-        (
-            lambda model: template(model, "{{ raise_exception('no system turn') }}"),
-            "no system turn",
-        ),
-        (
-            lambda model: template(model, "{% for m in messages %}<|user|>{% endfor %}"),
-            "drops what",
-        ),
+        (lambda model: template(model, SILENT), "drops what"),
         (lambda model: template(model, ONE_TURN), "no later turns are possible"),
-        (lambda model: template(model, FORGETFUL), "rewrites earlier ones"),
-        (lambda model: fewer_embeddings(model, 300), "embeddings of 300 only"),
+        (lambda model: template(model, FORGETFUL), "later turns .* rewrites earlier ones"),
+        (lambda model: random_policy("gpt2").model.save_pretrained(model), "embeddings of 40 only"),
     ],
 )
 def test_a_broken_model_is_one_sentence_and_leaves_no_folder(damage, complaint, tmp_path, capsys):
     folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
     damage(folder)
     error = refused(capsys, "train", "--model", folder, "--out", tmp_path / "out")
-    assert complaint in error and not (tmp_path / "out").exists()
-    assert str(folder) in error or "later turns" in error  # seen when the model is loaded already
+    assert re.search(complaint, error) and not (tmp_path / "out").exists()
+    if "later turns" in error:  # without them it will do
+        config = A.Config(model=str(folder), revisions=0)
+        assert A.load_problems(A.load_policy(config), config, "test")
+    else:
+        assert str(folder) in error
 
 
-def test_another_kind_of_model_without_chat_template_or_pad_token_trains(tmp_path, base, capsys):
-    folder = gpt2_folder(tmp_path / "gpt2", base)
+def test_another_kind_of_model_without_chat_template_trains(tmp_path, base, capsys):
+    folder = tmp_path / "gpt2"
+    sizes = {"vocab_size": len(base.tokenizer), "n_positions": 512}
+    random_policy("gpt2", **sizes, eos_token_id=base.end_ids[0]).model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
     A.train(quick(model=str(folder), steps=1, max_new_tokens=8, out=str(tmp_path / "run")))
     assert "no chat template" in capsys.readouterr().out
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("system", ["", "<|system|>Be brief.<|end|>"])
-def test_a_dialogue_is_what_the_template_would_write_with_its_bos_and_system_turn(
-    system, base, problems
-):
-    policy = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer), prompts={})
-    policy.tokenizer.add_special_tokens({"bos_token": "<|pad|>"})
-    policy.tokenizer.add_bos_token = True
-    policy.tokenizer.chat_template = "{{ bos_token }}" + system + base.tokenizer.chat_template
-    (dialogue,) = played(policy, problems[:1], max_new_tokens=40)
-    assert len(dialogue.turns) > 1 and all(turn.ended for turn in dialogue.turns)
-    said = [{"role": "user", "content": A.SOLVE_PROMPT.replace("{problem}", problems[0].problem)}]
-    for turn in dialogue.turns:
-        said.append({"role": "assistant", "content": turn.text})
-        request = A.REVISE_PROMPT if turn.role == "verify" else A.VERIFY_PROMPT
-        said.append({"role": "user", "content": request})
-    whole = policy.tokenizer.apply_chat_template(said[:-1], tokenize=False)
-    assert policy.tokenizer.decode(dialogue.ids) == whole
-    assert dialogue.ids.count(policy.tokenizer.bos_token_id) == 1
-
-
-@pytest.mark.parametrize("limit", [1, 2, 7])
-def test_a_response_without_an_end_is_cut_off_at_exactly_the_limit(limit, base, problems):
-    endless = dataclasses.replace(base, end_ids=())
-    for dialogue in played(endless, problems[:3], max_new_tokens=limit):
-        assert {turn.end - turn.start for turn in dialogue.turns} == {limit}
-        assert not any(turn.ended for turn in dialogue.turns)
-
-
-def test_stage_one_is_known_again_though_the_template_tells_the_time(tmp_path, base):
-    dated = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer), prompts={})
-    dated.tokenizer.chat_template = "{{ strftime_now('%f') }}" + base.tokenizer.chat_template
-    problems = A.load_problems(base, quick(), "train")
-    assert dated.prompt_ids(problems[0]) != base.prompt_ids(problems[0])
-    marks = []
-    for name in "ab":
-        with A.Run(A.Config(out=str(tmp_path / name)), False) as run:
-            run.begin(dated, problems)
-        marks.append(run.mark)
-    assert marks[0] == marks[1]
-
-
 # --- The command line -----------------------------------------------------------------------------
 
 
-def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """The sentence with which a command line is refused."""
-    capsys.readouterr()
-    assert A.main([*map(str, arguments)]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("astarpo: ") and len(error.splitlines()) == 1
-    return error
-
-
-def test_eval_takes_the_newest_finished_run_and_says_so(finished, tmp_path, monkeypatch, capsys):
+def test_eval_is_greedy_and_takes_the_newest_finished_run(
+    finished, base, problems, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    assert A.main(["eval", "--eval-limit", "8", "--out", "first"]) == 0
-    assert "data/base" in capsys.readouterr().out
-    shutil.copytree(finished, tmp_path / "runs" / "older")
-    assert A.main(["eval", "--eval-limit", "8"]) == 0
-    assert str(Path("runs", "older", "checkpoint")) in capsys.readouterr().out
-    written = next(tmp_path.glob("runs/*-eval"))
-    assert len(read_lines(written / "eval_results.jsonl")) == 8
-    assert SUMMARY <= set(json.loads((written / "eval_summary.json").read_text()))
+    assert "data/base" in told(capsys, "eval", "--eval-limit", 8, "--out", "first")
+    greedily = played(base, problems[:8], temperature=0.0, max_new_tokens=64)
+    rows = read_lines(Path("first/eval_results.jsonl"))
+    assert [row["ids"] for row in rows] == [d.ids for d in greedily]
+    assert SUMMARY <= set(json.loads(Path("first/eval_summary.json").read_text()))
+    shutil.copytree(finished, "runs/older")
+    assert str(Path("runs/older/checkpoint")) in told(capsys, "eval", "--eval-limit", 8)
+    assert len([*Path("runs").glob("*-eval")]) == 1
 
 
 def test_solve_prints_a_dialogue(capsys):
     asked = ["solve", "What is 47 * 36?", "--model", "data/base"]
-    assert A.main(asked) == 0
-    out = capsys.readouterr().out
-    assert "problem  What is 47 * 36?" in out and "solve" in out and "boxed" in out
-    assert A.main([*asked, "--temperature", "50", "--max-new-tokens", "8"]) == 0
-    assert "[cut off]" in capsys.readouterr().out
+    shown = told(capsys, *asked)
+    assert all(part in shown for part in ("problem  What is 47 * 36?", "  solve ", "boxed"))
+    assert "[cut off]" in told(capsys, *asked, "--temperature", 50, "--max-new-tokens", 8)
 
 
 BAD_NUMBERS = ("--lr 7", "--beta1 0", "--beta2 nan", "--beta2 inf", "--steps -1", "--num-samples 0")
@@ -1629,11 +1535,9 @@ BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
         ("train --log-to tensorboard", "pip install tensorboard"),
         ("train --parallel fsdp --lora 4", "use ddp"),
         ("train --max-new-tokens 5000", "the model's context has"),
-        ("eval --model data/base --max-new-tokens 5000", "the model's context has"),
         ("eval --model data/base --samples 4", "--samples above 1 needs --temperature"),
         ("eval --model data/base --compare nowhere", "nowhere: no such file"),
         ("solve 1+1 --model data/base --max-new-tokens 5000", "the model's context has"),
-        ("solve ", "the problem is empty"),
         ("solve \n", "the problem is empty"),
         (f"solve {'1+1+' * 400} --model data/base", "the model's context has"),
     ],
@@ -1648,56 +1552,28 @@ def test_bad_options_are_one_sentence_and_leave_nothing_behind(
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("option", [{"samples": 2}, {"top_p": 0.9}, {"compare": "data/base"}])
-def test_training_refuses_the_options_of_evaluation_from_python_too(option):
-    with pytest.raises(A.UsageError, match="is for evaluation only"):
-        A.train(quick(out="/dev/null", **option))
-
-
 @pytest.mark.parametrize("command", ["train", "eval"])
-def test_where_results_go_is_checked_first_and_nothing_is_overwritten(
-    command, finished, tmp_path, capsys
-):
+def test_nothing_is_overwritten(command, finished, tmp_path, capsys):
     (tmp_path / "file").touch()
-    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
-    for out, complaint in (
-        (finished, "holds files already"),
-        (tmp_path / "file", "cannot be written"),
-        (tmp_path / "file" / "below", "cannot be written"),
-    ):
-        assert complaint in refused(capsys, command, "--model", "nowhere", "--out", out)
-    assert before == {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "config.json.partial").touch()  # a run was killed there at once
-    assert A.new_folder(str(tmp_path / "new")) == tmp_path / "new"
+    before = left_by(finished)
+    for out in (finished, tmp_path / "file", tmp_path / "file" / "below"):  # seen before the model
+        error = refused(capsys, command, "--model", "nowhere", "--out", out)
+        assert ("holds files already" if out == finished else "cannot be written") in error
+    assert before == left_by(finished)
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "solve"])
-def test_help_shows_every_option_in_one_of_two_groups_with_a_sentence_and_its_default(
-    command, capsys, monkeypatch
-):
+def test_help_shows_every_option_with_a_sentence_and_its_default(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="0"):
         A.main([command, "--help"])
-    assert stop.value.code == 0
-    groups = " ".join(capsys.readouterr().out.split()).split("for real models, other data and long")
+    shown = " ".join(capsys.readouterr().out.split())
     changed = {} if command == "train" else {"eval_limit": 0, "model": "the newest finished run"}
-    second = False
     for item in dataclasses.fields(A.Config):
-        second |= item.name == "max_prompt_tokens"
         default, flag = changed.get(item.name, item.default), item.name.replace("_", "-")
-        told = item.metadata["help"] + (
-            f" (default: {default}" if default not in ("", None) else ""
-        )
-        shown = re.search(rf"--{flag}[ ,][^()]* {re.escape(told)}", groups[second])
-        assert bool(shown) == (command in item.metadata["on"]), flag
-
-
-def test_what_cannot_be_parsed_ends_with_status_2(capsys):
-    for command in ("train --steps many", "train --samples 2", "eval --steps 2", "plot", "fly"):
-        with pytest.raises(SystemExit) as stop:
-            A.main(command.split())
-        assert stop.value.code == 2 and "usage: astarpo.py" in capsys.readouterr().err
+        text = item.metadata["help"] + f" (default: {default}" * (default not in ("", None))
+        found = re.search(rf"--{flag}[ ,][^()]* {re.escape(text)}", shown)
+        assert bool(found) == (command in item.metadata["on"]), flag
 
 
 def chosen(command: str) -> A.Config:
@@ -1719,18 +1595,9 @@ def test_given_options_count_before_a_config_file_and_that_before_a_preset(finis
     assert chosen(f"train --config {tmp_path / 'some.json'}") == A.Config(steps=7, lr=1.0)
     for preset in A.PRESETS.values():
         A.check_options(A.Config(**preset), "train")
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["no json", "[]", "[1]", "5", "null", '{"steps": "40"}', '{"steps": 4.5}', '{"lr": null}',
-     '{"gradient_checkpointing": "no"}', '{"learning_rate": 1}', "\0"],
-)  # fmt: skip
-def test_a_config_file_that_is_none_is_one_sentence(text, tmp_path, capsys):
-    file = tmp_path / "config.json"
-    file.write_text(text)
-    for arguments in (["--config", file], ["--resume", tmp_path]):
-        assert "is not the config.json of a run" in refused(capsys, "train", *arguments)
+    for foreign in ({"samples": 2}, {"top_p": 0.9}, {"compare": "data/base"}):  # from Python
+        with pytest.raises(A.UsageError, match="is for evaluation only"):
+            A.train(quick(out="/dev/null", **foreign))
 
 
 def test_ctrl_c_keeps_what_was_learned_and_until_then_nobody_else_goes_on(tmp_path, capsys):
@@ -1754,24 +1621,14 @@ def test_ctrl_c_keeps_what_was_learned_and_until_then_nobody_else_goes_on(tmp_pa
 # Children are forked, so that they can be killed for good (SIGKILL) without taking pytest along.
 
 
-def forked(work: Callable[[], object]) -> int:
-    """Start `work` in a forked process."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except SystemExit as stop:
-            os._exit(stop.code)
-        except BaseException:  # noqa: BLE001 - whatever it was, the child must not go on as pytest
-            traceback.print_exc()
-            os._exit(1)
-    return pid
-
-
-def status_of(pid: int) -> int:
-    """Wait for a forked process: its exit status, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def forked(*works: Callable[[], object]) -> list[int]:
+    """Do each work in a process of its own: their exit statuses, minus the signal if killed."""
+    children = [multiprocessing.get_context("fork").Process(target=work) for work in works]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
 
 
 def when_touched(folder: str, act: Callable[[str], object]) -> None:
@@ -1786,14 +1643,7 @@ def when_touched(folder: str, act: Callable[[str], object]) -> None:
     sys.addaudithook(watch)
 
 
-def command_of(config: A.Config) -> list[str]:
-    """The command line with these options."""
-    changed = {k: v for k, v in vars(config).items() if v != getattr(A.Config(), k)}
-    pairs = (("--" + k.replace("_", "-"), str(v)) for k, v in changed.items())
-    return ["train", *itertools.chain(*pairs)]
-
-
-def short_run(folder: Path, moment: int = 0, **changes: object) -> int:
+def short_run(folder: Path, moment: int = 0, *options: str) -> None:
     """In a child: a run with everything in it, from its beginning or from where it was killed, to
     its end or until it touches its folder for the `moment`-th time: then it is killed."""
     touched = itertools.count(1)
@@ -1801,91 +1651,49 @@ def short_run(folder: Path, moment: int = 0, **changes: object) -> int:
     when_touched(str(folder), kill)
     A.PART, sys.modules["matplotlib"] = 4, None  # stage 1 in parts; no pictures
     if A.is_unfinished(folder):
-        return sys.exit(A.main(["train", "--resume", str(folder)]))
-    small = {"steps": 5, "batch_size": 4, "train_limit": 6, "eval_limit": 6, "max_new_tokens": 10}
-    often = {"save_every": 2, "eval_every": 2, "lr": 1e-3, "out": str(folder)}
-    return sys.exit(A.main(command_of(quick(**small, **often, **changes))))
-
-
-def left_by(folder: Path) -> dict[str, Any]:
-    """What a run has produced, without what it cost."""
-    names = ("v_star.jsonl", "eval.jsonl", "summary.json", "eval_results.jsonl")
-    names += ("checkpoint/model.safetensors", "best/model.safetensors")
-    files = {file.name for file in folder.iterdir()}
-    found = {name: (folder / name).read_bytes() for name in names}
-    return {**found, "metrics": numbers_of(folder), "files": files}
+        sys.exit(A.main(["train", "--resume", str(folder)]))
+    small = "--steps 5 --batch-size 3 --minibatches 2 --train-limit 6 --eval-limit 6 "
+    small += "--num-samples 2 --max-new-tokens 10 --update-tokens 1 --threads 1 --lr 1e-3 "
+    small += "--save-every 2 --eval-every 2 --out"
+    sys.exit(A.main(["train", *options, *small.split(), str(folder)]))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> tuple[dict[str, Any], int]:
-    """What the short run leaves when nobody kills it, and how often it touches its folder."""
+def undisturbed(tmp_path_factory) -> dict[str, Any]:
+    """What the short run leaves when nobody kills it."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    log = folder.with_name("touched")
-
-    def work() -> None:
-        with log.open("a") as file:
-            when_touched(str(folder), lambda path: print(path, file=file, flush=True))
-            short_run(folder)
-
-    assert status_of(forked(work)) == 0
-    return left_by(folder), len(log.read_text().splitlines())
+    assert forked(functools.partial(short_run, folder)) == [0]
+    return left_by(folder)
 
 
-SOAK = int(os.environ.get("ASTARPO_SOAK", "0"))  # how many times to kill at random
+SOAK = "ASTARPO_SOAK" in os.environ  # kill it at each of the 79 moments when it touches its folder
+MOMENTS = range(1, 80) if SOAK else (4, 12, 49)  # at once, in stage 1, in the second save
 
 
-def ended(folder: Path, moment: int) -> int:
-    return status_of(forked(lambda: short_run(folder, moment)))
-
-
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_that_is_killed_and_killed_again_ends_as_if_nothing_had_happened(
-    undisturbed, tmp_path
+    moment, undisturbed, tmp_path
 ):
-    expected, touches = undisturbed
-    for moment in range(1, touches + 1) if SOAK else (8, touches // 2):
-        folder = tmp_path / str(moment)
-        assert ended(folder, moment) == -signal.SIGKILL
-        for later in (5, 0):  # again, while it goes on; then in peace (if it has not ended yet)
-            if not (folder / "summary.json").exists():
-                assert ended(folder, later) in (-signal.SIGKILL, 0)
-        assert left_by(folder) == expected, moment
-
-
-@pytest.mark.skipif(not SOAK, reason="set ASTARPO_SOAK to the number of kills")
-def test_any_number_of_kills_at_any_time_change_nothing(undisturbed, tmp_path):
-    folder, rng, kills = tmp_path / "run", random.Random(0), itertools.count(1)
-    while not (folder / "summary.json").exists():
-        child = forked(lambda: short_run(folder))
-        time.sleep(rng.uniform(0, 2) if next(kills) <= SOAK else 60)
-        os.kill(child, signal.SIGKILL)
-        status_of(child)
-    assert left_by(folder) == undisturbed[0]
-
-
-def unfinished(run: Path, folder: Path, *lost: str) -> Path:
-    """A finished run made unfinished: its summary is gone, and what else is lost."""
-    shutil.copytree(run, folder)
-    for name in ("summary.json", *lost):
-        (folder / name).unlink()
-    return folder
-
-
-def result(folder: Path) -> tuple[Any, bytes, bytes]:
-    weights = (folder / "checkpoint" / "model.safetensors").read_bytes()
-    return numbers_of(folder), weights, (folder / "v_star.jsonl").read_bytes()
+    folder = tmp_path / "run"
+    assert forked(functools.partial(short_run, folder, moment)) == [-signal.SIGKILL]
+    for later in (5, 0):  # again, while it goes on; then in peace (if it has not ended yet)
+        if not (folder / "summary.json").exists():
+            assert forked(functools.partial(short_run, folder, later)) in ([-signal.SIGKILL], [0])
+    assert left_by(folder) == undisturbed
 
 
 def test_a_killed_stage_one_goes_on_after_its_last_whole_part(finished, tmp_path, monkeypatch):
-    folder = unfinished(finished, tmp_path / "run", "state.pt")
-    head, *rows = (folder / "v_star.jsonl").read_text().splitlines()
-    marked = [json.dumps({**json.loads(row), "subject": "kept"}) for row in rows]
-    (folder / "v_star.jsonl").write_text("\n".join([head, *marked[:7], marked[7][:-9]]))
+    folder, begun = (
+        unfinished(finished, tmp_path / "run", "state.pt"),
+        tmp_path / "run/v_star.jsonl",
+    )
+    head, *rows = begun.read_text().splitlines(keepends=True)
+    marked = [row.replace('"subject": "', '"subject": "kept ') for row in rows]
+    begun.write_text("".join([head, *marked[:7], marked[7][:-9]]))
     monkeypatch.setattr(A, "PART", 3)
     assert A.main(["train", "--resume", str(folder)]) == 0
-    assert [json.dumps(row) for row in read_lines(folder / "v_star.jsonl")] == [
-        json.dumps(json.loads(row)) for row in [head, *marked[:6], *rows[6:]]
-    ]
-    assert result(folder)[:2] == result(finished)[:2]
+    assert begun.read_text() == "".join([head, *marked[:6], *rows[6:]])
+    assert numbers_of(folder) == numbers_of(finished)
 
 
 def cut_off(path: Path) -> None:
@@ -1893,14 +1701,13 @@ def cut_off(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 9)
 
 
-DAMAGED = "state.pt is damaged"
-OLD_STATE = {"model": {}, "optimizer": {}, "metrics": [], "scaler": {}}
-
-
 def reweighed(run: Path) -> None:
     """The model that a run began with has other weights now."""
     about = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**about, "model": str(run / "checkpoint")}))
+
+
+OLD_STATE = {"model": {}, "optimizer": {}, "metrics": [], "scaler": {}}
 
 
 @pytest.mark.parametrize(
@@ -1910,10 +1717,8 @@ def reweighed(run: Path) -> None:
         (lambda run: (run / "v_star.jsonl").unlink(), 0, "going on after step 2"),
         (lambda run: (run / "state.pt").unlink(), 0, "V* of 8 problems"),
         (lambda run: cut_off(run / "metrics.jsonl"), 0, "going on after step 2"),
-        (lambda run: os.truncate(run / "state.pt", 0), 2, DAMAGED),
-        (lambda run: os.truncate(run / "state.pt", 999), 2, DAMAGED),
-        (lambda run: os.truncate(run / "state.pt", 2_000_000), 2, DAMAGED),
-        (lambda run: torch.save(OLD_STATE, run / "state.pt"), 2, DAMAGED),
+        (lambda run: os.truncate(run / "state.pt", 2_000_000), 2, "state.pt is damaged"),
+        (lambda run: torch.save(OLD_STATE, run / "state.pt"), 2, "state.pt is damaged"),
         (reweighed, 2, "was made with other weights"),
     ],
 )
@@ -1922,18 +1727,12 @@ def test_what_is_half_done_is_done_again_and_what_is_damaged_is_refused_in_one_s
 ):
     folder = unfinished(finished, tmp_path / "run")
     damage(folder)
-    assert A.main(["train", "--resume", str(folder)]) == status
-    shown = capsys.readouterr()
-    assert said in shown.out + shown.err and "\n" not in shown.err.strip()
-    assert result(folder) == result(finished)
-
-
-def test_a_state_holds_what_learns_once(finished):
-    saved = torch.load(finished / "state.pt", weights_only=True)["model"]
-    model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
-    learned = dict(model.named_parameters())  # without lm_head.weight, which is embed_tokens.weight
-    assert saved.keys() == learned.keys()
-    assert all(torch.equal(saved[name], learned[name]) for name in saved)
+    resume = ("train", "--resume", folder)
+    assert said in (refused(capsys, *resume) if status else told(capsys, *resume))
+    expected = left_by(finished)
+    if status:
+        del expected["summary.json"]
+    assert left_by(folder) == expected
 
 
 def test_resume_takes_the_newest_unfinished_run_and_anew_only_what_changes_the_cost(
@@ -1948,11 +1747,10 @@ def test_resume_takes_the_newest_unfinished_run_and_anew_only_what_changes_the_c
     config = chosen("train --resume runs/one " + anew)
     assert (config.rollout_tokens, config.update_tokens, config.device) == (999, 99, "cpu")
     assert config.gradient_checkpointing and config.seed == 5
-    assert A.main(["train", "--resume", *anew.split()]) == 0
+    told(capsys, "train", "--resume", *anew.split())
     assert_close(numbers_of(run), numbers_of(finished))
-    assert "is finished" in refused(capsys, "train", "--resume")
-    assert "is finished" in refused(capsys, "train", "--resume", run)
-    assert "holds no unfinished run" in refused(capsys, "train", "--resume", "nowhere")
+    for which in ([], [run], ["nowhere"]):
+        assert "unfinished run (one with" in refused(capsys, "train", "--resume", *which)
 
 
 def assert_close(ours: list[dict], theirs: list[dict]) -> None:
@@ -1961,21 +1759,6 @@ def assert_close(ours: list[dict], theirs: list[dict]) -> None:
         assert {k for k in one if one[k] is None} == {k for k in other if other[k] is None}
         one, other = ({k: v or 0 for k, v in row.items()} for row in (one, other))
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
-
-
-def test_stage_one_serves_on_another_day_than_the_chat_template_told_and_is_copied(tmp_path):
-    model = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
-    template = model / "chat_template.jinja"
-    template.write_text("{{ strftime_now('%f') }}" + template.read_text())  # another each time
-    options = {"model": str(model), "revisions": 0, "max_new_tokens": 8}
-    A.train(quick(**options, out=str(tmp_path / "one")))
-    given = tmp_path / "one" / "v_star.jsonl"
-    A.train(quick(**options, out=str(tmp_path / "two"), v_star=str(given)))
-    stage_one = given.read_bytes()
-    given.unlink()
-    folder = unfinished(tmp_path / "two", tmp_path / "again", "state.pt")
-    assert A.main(["train", "--resume", str(folder)]) == 0
-    assert stage_one == (folder / "v_star.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("moment", ["loading", "sampling", "updating"])
@@ -1991,26 +1774,26 @@ def test_out_of_memory_is_one_sentence_with_the_remedies_and_the_run_goes_on(
             raise torch.OutOfMemoryError("more than this card has")
 
     with torch.nn.modules.module.register_module_forward_pre_hook(card):
-        assert A.main(command_of(quick(out=str(folder), seed=5, max_new_tokens=32))) == 1
+        assert A.main(["train", *SMALL.split(), str(folder)]) == 1
     error = capsys.readouterr().err.strip()
-    assert "out of memory" in error and len(error.splitlines()) == 1
+    assert error.startswith("astarpo: out of memory") and len(error.splitlines()) == 1
     for remedy in ("rollout-tokens", "update-tokens", "gradient-checkpointing", "resume"):
         assert f"--{remedy}" in error
     assert folder.exists() == (moment != "loading")
     if moment == "updating":
-        assert A.main(["train", "--resume", str(folder)]) == 0
-        assert result(folder) == result(finished)
+        told(capsys, "train", "--resume", folder)
+        assert left_by(folder) == left_by(finished)
 
 
 def test_of_two_runs_that_want_one_folder_the_second_is_refused_after_the_loading(tmp_path, base):
-    config = A.Config(out=str(tmp_path / "run"))
-    first, second = A.Run(config, False), A.Run(config, False)  # both find it free
-    problems = A.load_problems(base, quick(), "train")
-    with first, pytest.raises(A.UsageError, match="holds files already"), second:
-        first.begin(base, problems)
-        second.begin(base, problems)
-    again = A.Run(config, True)  # the first has let go
-    again.begin(base, problems)
+    dated = speaking(base, "{{ strftime_now('%f') }}" + TEMPLATE)  # other prompts each time
+    config, problems = A.Config(out=str(tmp_path / "run")), A.load_problems(base, quick(), "train")
+    with A.Run(config, False) as first, A.Run(config, False) as second:  # both find it free
+        first.begin(dated, problems)
+        with pytest.raises(A.UsageError, match="holds files already"):
+            second.begin(dated, problems)
+    A.Run(config, True).begin(dated, problems)  # the first has let go
+    assert first.mark == second.mark  # they know each other's stage 1, though the time has changed
 
 
 # --- Large models, several devices ----------------------------------------------------------------
@@ -2038,12 +1821,7 @@ def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, probl
         A.load_policy(quick(model=str(run), lora=4))
     again = unfinished(run, tmp_path / "again", "checkpoint/adapter_model.safetensors")
     assert A.main(["train", "--resume", str(again)]) == 0
-    adapters = [r / "checkpoint" / "adapter_model.safetensors" for r in (run, again)]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
-
-
-def weights_of(learner: A.Learner) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in learner.policy.model.parameters()])
+    assert left_by(again) == left_by(run)
 
 
 def test_recomputed_activations_give_the_same_gradient(base, problems):
@@ -2059,23 +1837,9 @@ def test_recomputed_activations_give_the_same_gradient(base, problems):
     assert torch.allclose(weights_of(kept), weights_of(recomputed), atol=1e-6)
 
 
-def test_in_float16_a_gradient_that_overflows_is_skipped_and_the_scale_halved(base, problems):
-    config = A.Config(dtype="float16", threads=1, temperature=1.0)
-    policy = A.load_policy(config)
-    dialogues, learner = played(policy, problems[:2]), learner_of(policy, policy, lr=1.0)
-    before, scale = weights_of(learner), policy.scaler.get_scale()
-    seen = A.update(learner, dialogues, config)
-    assert not seen["skipped"] and not torch.equal(before, weights_of(learner))
-    assert seen["grad_norm"] < 1  # that of the loss itself, not of the scaled one
-    before = weights_of(learner)
-    learner.policy.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
-    assert A.update(learner, dialogues, config)["skipped"]
-    assert policy.scaler.get_scale() == scale / 2 and torch.equal(before, weights_of(learner))
-
-
 def together(work: Callable[[], object], second: Callable[[], object] = int) -> list[int]:
-    """Run `work` in two forked processes that know of each other, in the second of them after what
-    it does alone; their exit statuses."""
+    """Do `work` in two processes that know of each other, in the second of them after what it does
+    alone; their exit statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -2086,38 +1850,7 @@ def together(work: Callable[[], object], second: Callable[[], object] = int) -> 
             second()
         work()
 
-    return [*map(status_of, [forked(lambda rank=rank: process(rank)) for rank in "01"])]
-
-
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_compute_what_one_does(parallel, base, problems, tmp_path):
-    config = A.Config(parallel=parallel, update_tokens=200, temperature=1.0)
-    some, greedy = problems[:5], A.Config(eval_limit=7, temperature=0.0)
-    dialogues, evaluated = played(base, some), A.evaluate_policy(base, some, greedy)
-    batches = [dialogues, dialogues[:1]]  # three for the one, two for the other; then one, none
-    alone = learner_of(base, base, lr=1.0)
-    expected = [A.update(alone, batch, config) for batch in batches]
-
-    def work() -> None:
-        A.join_processes("")
-        learner = learner_of(base, base, lr=1.0)
-        A.deal_out(learner.policy, learner.ref, config)
-        learner.optimizer = torch.optim.SGD(learner.policy.model.parameters(), lr=1.0)
-        assert played(learner.policy, some) == dialogues
-        assert A.evaluate_policy(learner.policy, some, greedy) == evaluated
-        for batch, numbers in zip(batches, expected):
-            assert A.update(learner, batch, config) == pytest.approx(numbers, rel=1e-4, abs=1e-6)
-        A.save_model(learner.policy, tmp_path / "checkpoint")
-        if A.is_first():
-            saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
-            for name, weight in alone.policy.model.state_dict().items():
-                assert torch.allclose(saved[name], weight, atol=1e-5), name
-
-    assert together(work) == [0, 0]
-
-
-def fails_if_it_writes() -> None:
-    when_touched("/", lambda path: path == os.devnull or print(path) or os._exit(3))
+    return forked(*(functools.partial(process, rank) for rank in "01"))
 
 
 def dies_in_step_3() -> None:
@@ -2126,7 +1859,7 @@ def dies_in_step_3() -> None:
 
     def count(module: torch.nn.Module, _: object) -> None:
         learns = torch.is_grad_enabled() and isinstance(module, torch.nn.Embedding)
-        if learns and next(passes) == 3:
+        if learns and next(passes) == 5:  # two a step: one of them only keeps in step
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.nn.modules.module.register_module_forward_pre_hook(count)
@@ -2137,13 +1870,17 @@ def test_two_processes_make_the_run_of_one_also_when_one_of_them_is_killed(
     parallel, undisturbed, tmp_path, capfd
 ):
     def work() -> None:
-        short_run(tmp_path / "run", parallel=parallel)
+        short_run(tmp_path / "run", 0, "--parallel", parallel)
+
+    def fails_if_it_writes() -> None:
+        when_touched("/", lambda path: path == os.devnull or print(path) or os._exit(3))
 
     assert together(work, second=fails_if_it_writes) == [0, 0]
-    calm, (alone, _) = left_by(tmp_path / "run"), undisturbed
-    assert_close(calm["metrics"], alone["metrics"])
-    assert calm["files"] == alone["files"]
-    assert calm["eval_results.jsonl"] == alone["eval_results.jsonl"]
+    assert capfd.readouterr().out.count("written to") == 1
+    calm = left_by(tmp_path / "run")
+    assert_close(calm["metrics.jsonl"], undisturbed["metrics.jsonl"])
+    assert calm.keys() == undisturbed.keys()
+    assert calm["eval_results.jsonl"] == undisturbed["eval_results.jsonl"]
     if parallel == "ddp" and not SOAK:
         return  # as of one process, the state is what the first one holds
     shutil.rmtree(tmp_path / "run")
@@ -2157,54 +1894,39 @@ def test_two_processes_make_the_run_of_one_also_when_one_of_them_is_killed(
 @pytest.mark.parametrize(
     "command, complaint",
     [
-        ("eval --model nowhere", "nowhere: no such file"),
         ("eval --model data/base --device cuda:0", "cuda:0: under torchrun each process"),
         ("train --resume nowhere", "holds no unfinished run"),
-        ("train --out /dev/null/x", "cannot be written"),
         ("train --steps many", "invalid int value: 'many'"),
     ],
 )
-def test_of_several_processes_one_says_what_is_wrong(
-    command, complaint, tmp_path, monkeypatch, capfd
-):
-    monkeypatch.chdir(tmp_path)
+def test_of_several_processes_one_says_what_is_wrong(command, complaint, capfd):
     assert together(lambda: sys.exit(A.main(command.split()))) == [2, 2]
-    assert capfd.readouterr().err.count(complaint) == 1 and not [*tmp_path.iterdir()]
-
-
-def test_torchrun_starts_us(tmp_path):
-    small = "--steps 1 --train-limit 4 --batch-size 4 --num-samples 1 --eval-limit 4"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, A.__file__, "train", *small.split(), "--out", str(tmp_path / "run")]
-    shown = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.count("written to") == 1 and shown.stdout.count("stage 2 1/1") == 1
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["n"] == 4
+    assert capfd.readouterr().err.count(complaint) == 1
 
 
 # --- How sure can we be ---------------------------------------------------------------------------
 
 
-def test_wilson_intervals_are_those_published():  # by Newcombe (1998), table I, method 3
-    for successes, n, low, high in (
-        (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ):  # fmt: skip
+def test_intervals_are_those_published_and_samples_of_one_problem_are_no_more_problems():
+    published = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]
+    for successes, n, low, high in published:  # by Newcombe (1998), table I, method 3
         assert A.wilson(successes, n) == pytest.approx([low, high], abs=5e-5)
         assert A.wilson(n - successes, n) == pytest.approx([1 - high, 1 - low], abs=5e-5)
+    for samples in (1, 8):
+        made = [d for d in solved(*[True] * 5, *[False] * 5) for _ in range(samples)]
+        seen = A.accuracies(made)
+        assert seen["n"] == 10 and seen["acc_t1_ci"] == A.wilson(5, 10)
 
 
 def test_the_bootstrap_covers_a_known_mean_about_95_times_in_100():
     rng = np.random.default_rng(0)
     intervals = [A.bootstrap(rng.normal(1.0, 2.0, 60), draws=300) for _ in range(300)]
     assert 0.90 < np.mean([low < 1.0 < high for low, high in intervals]) < 0.98
-    assert A.bootstrap([0.25] * 9) == [0.25, 0.25]
-    assert A.bootstrap([0.0, 1.0, 1.0], seed=3) == A.bootstrap([0.0, 1.0, 1.0], seed=3)
 
 
 def solved(*right: bool) -> list[A.Dialogue]:
     """A dialogue about each of some problems, solved or not at the first attempt."""
-    return [dialogue(i, [correct], [True]) for i, correct in enumerate(right)]
+    return [dialogue(i, [str(int(correct))], [True]) for i, correct in enumerate(right)]
 
 
 @pytest.mark.parametrize("better, worse", [(0, 0), (3, 3), (1, 9), (4, 1), (0, 5)])
@@ -2221,24 +1943,9 @@ def test_a_comparison_asks_how_often_a_coin_would_be_as_uneven(better, worse):
     assert found["ci"][0] <= found["difference"] <= found["ci"][1]
 
 
-def test_samples_of_one_problem_are_not_taken_for_independent():
-    once = solved(*[True] * 5, *[False] * 5)
-    assert A.accuracies(once)["acc_t1_ci"] == A.wilson(5, 10)
-    again = A.accuracies([made for made in once for _ in range(8)])
-    assert again["n"] == 10 and again["acc_t1_ci"] == A.wilson(5, 10)
-
-
-def answered(index: int, answers: list[str], verdicts: list[bool | None]) -> A.Dialogue:
-    """A dialogue about problem `index`, whose answer is 1, with given answers and verdicts."""
-    made = dialogue(index, [answer == "1" for answer in answers], verdicts)
-    for turn, answer in zip(made.attempts, answers):
-        turn.answer = answer
-    return made
-
-
 @pytest.mark.parametrize("n, correct", [(5, 0), (5, 2), (6, 3), (6, 6), (1, 1)])
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, correct):
-    seen = A.voting([answered(0, ["1" if i < correct else "2"], [None]) for i in range(n)], n)
+    seen = A.voting([dialogue(0, ["1" if i < correct else "2"], [None]) for i in range(n)], n)
     for k in {1, 2, 4, n} & set(range(n + 1)):
         subsets = list(itertools.combinations(range(n), k))  # the first `correct` ones are right
         share = sum(min(chosen) < correct for chosen in subsets) / len(subsets)
@@ -2249,55 +1956,25 @@ def test_votes_go_by_value_and_pag_counts_only_what_it_accepted():
     assert A.majority(["2", "\\frac{3}{1}", "3", "2", "3"]) in ("3", "\\frac{3}{1}")
     assert A.majority(["5", "4", "4", "5"]) == "5"  # a tie: the earlier one
     assert A.majority([None, None, "6"]) == "6" and A.majority([None, None]) is None
-    doubted = [answered(0, ["7", "8"], [verdict]) for verdict in (False, None)]
-    trusted = [answered(0, ["1"], [True])]
-    unchecked = [answered(1, ["1", "7"], [False])] * 3  # accepted nothing: as if nobody had checked
-    seen = A.voting([*doubted, *trusted, *unchecked], 3)
-    assert seen == pytest.approx(
-        {"pass@1": 2 / 3, "pass@2": 5 / 6, "pass@3": 1, "maj@3": 0.5, "pag@3": 1}
-    )
-
-
-def test_confusion_by_hand():
-    pairs = [(True, True)] * 3 + [(False, True), (None, True)]  # 3 of 5 right ones recognised
-    pairs += [(False, False)] * 2 + [(True, False), (None, False)]  # 2 of 4 wrong ones
-    judged = [dialogue(0, [correct], [verdict]) for verdict, correct in pairs]
-    assert A.confusion(judged, "v") == pytest.approx(
-        {"v_acc": 5 / 9, "v_balanced_acc": (3 / 5 + 2 / 4) / 2, "v_recall_right": 3 / 5,
-         "v_recall_wrong": 2 / 4, "v_precision": 3 / 4}
-    )  # fmt: skip
-    assert set(A.confusion([], "v").values()) == {None}
-
-
-def test_top_p_keeps_the_smallest_set_of_likeliest_tokens(base, problems):
-    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(4000, -1)
-    u = torch.from_numpy(A.uniform(3, np.arange(4000)))
-    for top_p, kept in ((1.0, [0, 1, 2, 3]), (0.8, [1, 2, 3]), (0.65, [1, 3]), (0.3, [1])):
-        tokens = A.pick(logits, u, 1.0, top_p)
-        assert sorted(set(tokens.tolist())) == kept
-    halves = A.pick(logits, u, 1.0, 0.65)
-    assert (halves == 1).double().mean().item() == pytest.approx(4 / 7, abs=0.02)
-    greedy, narrow = (
-        played(base, problems, max_new_tokens=30, **how)
-        for how in ({"temperature": 0.0}, {"top_p": 1e-6})
-    )
-    assert [d.ids for d in narrow] == [d.ids for d in greedy]
+    doubted = [dialogue(0, ["7", "8"], [verdict]) for verdict in (False, None)]
+    trusted = [dialogue(0, ["1"], [True])]
+    unchecked = [dialogue(1, ["1", "7"], [False])] * 3  # accepted nothing: as if nobody had checked
+    expected = {"pass@1": 2 / 3, "pass@2": 5 / 6, "pass@3": 1, "maj@3": 0.5, "pag@3": 1}
+    assert A.voting([*doubted, *trusted, *unchecked], 3) == pytest.approx(expected)
 
 
 def test_eval_samples_votes_and_compares(finished, tmp_path, capsys):
     options = ["--samples", "3", "--temperature", "0.6", "--top-p", "0.95", "--eval-limit", "8"]
-    models = ["--model", "data/base", "--compare", str(finished)]
-    assert A.main(["eval", *options, *models, "--out", str(tmp_path / "e")]) == 0
+    models = ["--model", "data/base", "--compare", finished]
+    shown = told(capsys, "eval", *options, *models, "--out", tmp_path / "e")
     summary = json.loads((tmp_path / "e" / "eval_summary.json").read_text())
-    assert {"pass@1", "pass@2", "pass@3", "maj@3", "pag@3", "acc_final_ci"} <= set(summary)
+    assert {"pass@1", "pass@2", "pass@3", "maj@3", "pag@3", "compare"} <= set(summary)
     assert summary["n"] == 8 and summary["pass@1"] == pytest.approx(summary["acc_t1"])
-    assert summary["compare"]["with"] == str(finished)
-    assert len(read_lines(tmp_path / "e" / "eval_results.jsonl")) == 24
-    shown = capsys.readouterr().out
+    rows = read_lines(tmp_path / "e" / "eval_results.jsonl")
+    assert [row["sample"] for row in rows] == [0, 1, 2] * 8
+    assert len({tuple(row["ids"]) for row in rows}) > 8
     assert "maj@3" in shown and "problems better" in shown
     assert all(len(line) < 80 or str(tmp_path.parent) in line for line in shown.splitlines())
-    assert A.main(["eval", "--samples", "3", "--out", str(tmp_path / "f")]) == 2
-    assert "greedy" in capsys.readouterr().err
 
 
 # --- Looking on while it trains -------------------------------------------------------------------
@@ -2323,13 +2000,6 @@ def test_evaluations_on_the_way_keep_the_best_model_and_a_logger_gets_all_number
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [sent["loss", step + 1] for step in range(6)] == [m["loss"] for m in metrics]
     assert [sent["eval/acc_final", step] for step in (2, 4, 6)] == finals
-
-
-def test_a_missing_logger_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(A.UsageError, match="pip install wandb"):
-        A.train(quick(log_to="wandb", out=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
 
 
 def made_metrics(**changes: object) -> list[dict]:
@@ -2361,21 +2031,13 @@ def test_each_symptom_is_explained_once(changes, sentence, capsys):
     assert sentence in shown and len(told) == shown.count("! ") == bool(sentence)
 
 
-def test_stage_one_says_what_can_be_learned(base, problems, capsys):
-    hopeless = [dataclasses.replace(problem, answer="no such answer") for problem in problems[:6]]
-    config = A.Config(temperature=1.0, num_samples=2, max_new_tokens=2)  # and too little room
-    twice = [A.Dialogue(p, [*base.prompt_ids(p)], i) for p in hopeless for i in range(2)]
-    easy = [answered(i, ["1"], [True]) for i in range(4)]
-    for turn in (turn for made in easy for turn in made.turns):
-        turn.text, turn.end = str(id(turn)), 10  # all unlike
-    for dialogues, expected, complaints in (
-        (A.rollout(base, twice, config, 0), ["V* of 6", "0.0 to 0.1 6 ####", "never solved 100%",
-            "no sample to learn from", "raise --max-new-tokens", "pass@2 of"], 3),
-        (easy, ["V* of 4", "0.9 to 1.0 4 ####", "always solved 100%", "mean: solve 1.00"], 0),
-    ):  # fmt: skip
-        A.report_stage_one(dialogues, A.baselines(dialogues, config), set())
-        shown = " ".join(capsys.readouterr().out.split())
-        assert all(part in shown for part in expected) and shown.count("! ") == complaints
+def test_stage_one_says_what_can_be_learned(capsys):
+    dialogues = solved(True, False, False, False)
+    A.report_stage_one(dialogues, A.baselines(dialogues, A.Config()), set())
+    shown = " ".join(capsys.readouterr().out.split())
+    expected = ["0.0 to 0.1 3 ####", "0.9 to 1.0 1 ####", "mean: solve 0.25, verify 0.25"]
+    expected += ["never solved 75%, always solved 25%", "pass@1 of the reference 0.25"]
+    assert all(part in shown for part in expected)
 
 
 def test_a_run_whose_gradients_are_never_finite_stops_with_its_last_good_model(
@@ -2383,9 +2045,8 @@ def test_a_run_whose_gradients_are_never_finite_stops_with_its_last_good_model(
 ):
     loss = A.astarpo_loss
     monkeypatch.setattr(A, "astarpo_loss", lambda *tensors: loss(*tensors) * math.nan)
-    small = {"batch_size": 4, "train_limit": 4, "eval_limit": 4, "num_samples": 1}
     with pytest.raises(A.RunError, match="in 5 steps running"):
-        A.train(quick(**small, steps=9, max_new_tokens=16, out=str(tmp_path / "run")))
+        A.train(quick(steps=9, max_new_tokens=8, out=str(tmp_path / "run")))
     assert capsys.readouterr().out.count("is not finite") == 1
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [m["skipped"] for m in metrics] == [1.0] * 5 and metrics[0]["loss"] is None
@@ -2397,7 +2058,7 @@ def test_a_run_whose_gradients_are_never_finite_stops_with_its_last_good_model(
 
 
 def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
-    finished, tmp_path, monkeypatch
+    finished, tmp_path, monkeypatch, capsys
 ):
     figure = pytest.importorskip("matplotlib.figure").Figure
     drawn, save = [], figure.savefig
@@ -2407,21 +2068,14 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
         run = shutil.copytree(finished, tmp_path / name)
         config = json.loads((run / "config.json").read_text()) | changes
         (run / "config.json").write_text(json.dumps(config))
-        metrics = read_lines(finished / "metrics.jsonl")
-        rows = [json.dumps(m | {"loss": config["seed"] + m["step"]}) + "\n" for m in metrics]
-        (run / "metrics.jsonl").write_text("".join(rows))
-    runs = [str(tmp_path / name) for name in "abc"]
-    assert A.main(["plot", *runs, "--out", str(tmp_path / "all.png")]) == 0
+        rows = [{"step": step, "loss": config["seed"] + step} for step in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told(capsys, "plot", *(tmp_path / name for name in "abc"), "--out", tmp_path / "all.png")
     axes = drawn[0].axes
-    assert len(axes) == 7  # six, and KL's own scale
-    assert all(axis.get_ylabel() for axis in axes) and all(axis.get_title() for axis in axes[:6])
+    assert len(axes) == 7 and all(axis.get_ylabel() for axis in axes)  # six, and KL's own scale
     bands = [band.get_datalim(axes[0].transData).intervaly.tolist() for band in axes[0].collections]
-    assert bands == [[6.5, 7.5], [8.5, 8.5]]  # of the losses, which are made: two seeds, then one
-    legend = drawn[0].legends[0]
-    assert [text.get_text() for text in legend.get_texts()] == ["lr 0.0003", "lr 0.5"]
-    assert [line.get_linestyle() for line in legend.get_lines()] == ["-", "--"]
-    smoothed = [line for line in axes[0].lines if line.get_linestyle() != "None"]
-    assert [line.get_ydata().tolist() for line in smoothed[:2]] == [[7, 7], [8.5, 8.5]]
+    assert bands == [[6.5, 7.5], [8.5, 8.5]]  # of the losses: two seeds, then one
+    assert [t.get_text() for t in drawn[0].legends[0].get_texts()] == ["lr 0.0003", "lr 0.5"]
     dialogues = [A.to_dialogue(row) for row in A.read_lines(finished / "v_star.jsonl")[1:]]
     v_star = A.baselines(dialogues, A.read_config(finished / "config.json"))
     expected, _ = np.histogram([v_star[i, "solve"] for i in range(8)], 10, (0, 1))
@@ -2430,8 +2084,7 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
 
 
 def test_a_picture_needs_a_run_and_matplotlib(finished, tmp_path, monkeypatch, capsys):
-    assert A.main(["plot", str(tmp_path)]) == 2
-    assert "is not the config.json of a run" in capsys.readouterr().err
+    assert "is not the config.json of a run" in refused(capsys, "plot", tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(capsys, "plot", finished)
 
@@ -2460,7 +2113,10 @@ def largest(problem: str) -> tuple[int, ...]:
     return tuple(sorted(map(int, re.findall(r"\d+", problem)))[-2:])
 
 
-def test_the_shipped_problems_are_what_is_made_right_and_various(tmp_path, capsys):
+def test_the_shipped_problems_are_what_is_made_right_and_various(tmp_path):
+    for nonsense in ("", "problems --seed -1", "base --threads 0", "base --folder nowhere"):
+        with pytest.raises(SystemExit, match="2"):
+            make.main(nonsense.split())
     make.main(["problems", "--folder", str(tmp_path)])
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
@@ -2474,72 +2130,42 @@ def test_the_shipped_problems_are_what_is_made_right_and_various(tmp_path, capsy
         assert any("frac" in row["answer"] for row in rows)
 
 
+def false_sums(text: str) -> list[Any]:
+    """The steps of a solution, like 12 + 30 = 42 or 34 / 6 = 5 r 4, that are not true."""
+    division = r"(\d+) / (\d+) = (\d+) r (\d+), "
+    parts = [[*map(int, found)] for found in re.findall(division, text)]
+    rest = re.sub(r"\\boxed\{(\d+)\}", r"\1", re.sub(division, "", text))
+    sides = re.findall(r"(\d[-+*\d ]*) = (?=(\d[-+*\d ]*))", rest)
+    wrong = [(a, b, q, r) for a, b, q, r in parts if divmod(a, b) != (q, r)]
+    return wrong + [pair for pair in sides if not is_equiv(*pair)]
+
+
 @pytest.mark.parametrize("habits", [False, True])
-def test_what_is_held_out_is_never_shown_in_training(habits):
+def test_demonstrations_teach_true_steps_some_haste_and_nothing_that_is_held_out(habits, base):
     held_out = {largest(row["problem"]) for row in read_lines(DATA / "test.jsonl")}
     assert not held_out & {largest(row["problem"]) for row in read_lines(DATA / "train.jsonl")}
-    assert all(make.reserved(*pair) for pair in held_out)
     assert make.reserved(47, 36) and make.reserved(36, 47)  # the README's
+    hasty: dict[bool, list[bool]] = {True: [], False: []}  # by whether the problem is easy
     rng = random.Random(3)
-    for _ in range(3000):
-        (_, request, _), *turns = make.demonstration(rng, habits)
-        assert largest(request) not in held_out, request
-        for _, text, _ in turns:
-            for pair in re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", text):
-                assert tuple(sorted(map(int, pair))) not in held_out, text
-
-
-def test_every_step_of_every_shown_solution_is_true():
-    rng = random.Random(5)
-    division = r"(\d+) / (\d+) = (\d+) r (\d+), "
-    for _ in range(2000):
-        _, task = make.make_task(rng, demo=False)
-        for text in (task.worked, task.thorough, make.worked_check(task, task.answer)):
-            for a, b, q, r in re.findall(division, text):
-                assert divmod(int(a), int(b)) == (int(q), int(r)), text
-            rest = re.sub(r"\\boxed\{(\d+)\}", r"\1", re.sub(division, "", text))
-            for left, right in re.findall(r"(\d[-+*\d ]*) = (?=(\d[-+*\d ]*))", rest):
-                assert is_equiv(left, right), text
-
-
-def test_haste_does_not_depend_on_the_problem_and_worked_checks_are_right():
-    rng = random.Random(4)
-    hasty: dict[bool, list[bool]] = {True: [], False: []}
-    for _ in range(4000):
-        (_, request, _), (_, attempt, learn), _, (_, judgment, _), *_ = make.demonstration(
-            rng, True
-        )
+    for _ in range(1500):
+        turns = make.demonstration(rng, habits)
+        (_, request, _), (_, attempt, learn), _, (_, judgment, _), *_ = turns
+        assert largest(request) not in held_out
+        for _, text, learnt in turns[1::2]:
+            pairs = re.findall(r"(?<!\d)(\d+) [-+*/] (?=(\d+))", text)
+            assert not held_out & {tuple(sorted(map(int, pair))) for pair in pairs}, text
+            assert not learnt or not false_sums(text), text
         right = verify(attempt, solve_again(request.split("\n")[0]))
-        if learn:
-            easy = re.match(r"What is \d+ [-+]", request) is not None
-            hasty[easy].append(attempt.startswith(r"\boxed"))
         assert learn or not right
         assert A.parse_judgment(judgment) is right or not judgment.startswith(make.CHECK)
-    assert all(0.63 < np.mean(group) < 0.77 for group in hasty.values())
-
-
-@settings(max_examples=200)
-@given(text=st.text())
-def test_the_tokenizer_survives_the_reload_and_keeps_any_text(text, base):
-    text = unicodedata.normalize("NFC", text)  # Qwen2's own normalizer does this to every text
-    assert base.tokenizer.encode(text) == TOKENIZER.encode(text)
-    assert base.tokenizer.decode(TOKENIZER.encode(text)) == text
-
-
-@pytest.mark.parametrize("habits", [False, True])
-def test_demonstrations_are_what_the_template_writes_and_only_answers_are_learnt(habits, base):
-    rng = random.Random(7)
-    for _ in range(200):
-        turns = make.demonstration(rng, habits)
-        pairs = make.demo_ids(TOKENIZER, turns)
-        ids = [i for i, _ in pairs]
+        if learn:
+            hasty[bool(re.match(r"What is \d+ [-+]", request))].append(attempt[0] == "\\")
         messages = [{"role": role, "content": text} for role, text, _ in turns]
-        assert base.tokenizer.apply_chat_template(messages, return_dict=False) == ids
-        for k in range(1, len(turns), 2):  # each later turn extends the ids of the earlier ones
-            start = A.encode(base.tokenizer, A.render(base.tokenizer, messages[:k]))
-            assert start == ids[: len(start)]
-        learnt = TOKENIZER.decode([i for i, learn in pairs if learn])
-        assert learnt == "".join(f"{text}<|end|>" for _, text, learn in turns if learn)
+        ids, learn_it = zip(*make.demo_ids(TOKENIZER, turns))
+        assert [*ids] == base.tokenizer.apply_chat_template(messages, return_dict=False)
+        learnt = TOKENIZER.decode([i for i, learnt in zip(ids, learn_it) if learnt])
+        assert learnt == "".join(f"{text}<|end|>" for _, text, learnt in turns if learnt)
+    assert not habits or all(0.63 < np.mean(group) < 0.77 for group in hasty.values())
 
 
 def test_a_base_is_made_the_same_again_and_like_the_shipped_one(tmp_path):
@@ -2562,16 +2188,6 @@ def test_attempts_are_as_many_right_as_wrong_or_it_says_what_lacks(tmp_path):
     assert sorted(correct) == [False] * 4 + [True] * 4
     with pytest.raises(SystemExit, match="lack"):
         make.make_attempts(tmp_path, seed=0, wanted=40)
-
-
-BAD = ["", "nonsense", "problems --seed -1", "base --threads 0", "base --folder nowhere"]
-
-
-@pytest.mark.parametrize("what", [*BAD, f"problems --folder {A.__file__}"])
-def test_make_refuses_what_makes_no_sense(what, capsys):
-    with pytest.raises(SystemExit) as stop:
-        make.main(what.split())
-    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
 
 
 # --- Benchmarks: ASTARPO_BENCH=1 pytest -s -k bench -----------------------------------------------
@@ -2715,10 +2331,7 @@ def test_bench_time_to_accuracy(base, tmp_path, capsys, run):
 def test_bench_checker(capsys, ahead):
     """Microseconds a call on MATH-500's solutions with their own and with the next answer."""
     library, rows = pytest.importorskip("math_verify"), math_rows("math500")
-
-    def other(text: str, gold: str) -> bool:
-        return library.verify(library.parse(f"${gold}$"), library.parse(text))
-
+    other = lambda text, gold: library.verify(library.parse(f"${gold}$"), library.parse(text))
     pairs = [(a["solution"], b["answer"]) for a, b in zip(rows, rows[ahead:])]
     work = [[functools.partial(f, *pair) for f in (verify, other)] for pair in pairs]
     times = [[*alternate(REPEATS, a=a, b=b).values()] for a, b in work]
