@@ -2505,7 +2505,9 @@ def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour
     import pandas
 
     for style, runs in zip(itertools.cycle(STYLES), groups.values()):
-        columns = [pandas.Series({m["step"]: m[metric] for m in run}, dtype=float) for run in runs]
+        columns = [
+            pandas.Series({m["step"]: m.get(metric) for m in run}, dtype=float) for run in runs
+        ]
         raw = pandas.concat(columns, axis=1)  # (steps, runs); nan where there is none
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
@@ -2565,7 +2567,7 @@ def explain(facts: dict[str, float | None], told: set[str]) -> None:
     """Name the symptoms that some means show, each only once."""
     f: dict[str, float] = defaultdict(lambda: math.nan)  # nan is above no limit
     f.update((name, value) for name, value in facts.items() if value is not None)
-    f["kl_per_token"] = f["kl"] / f["response_tokens"]
+    f["kl_per_token"] = f["kl"] / max(f["response_tokens"], 1)
     f["verifier_bias"] = abs(f["verifier_recall_right"] - f["verifier_recall_wrong"])
     for name, (limit, remedy) in SYMPTOMS.items():
         if f[name] > limit and name not in told:

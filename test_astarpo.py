@@ -1286,10 +1286,10 @@ def test_each_neighbour_trains(name, tmp_path):
 
 
 def test_eval_finds_answers_by_search(tmp_path, capsys):
-    options = "--model data/base --search 30 --beta1 0.1 --eval-limit 20 --revisions 0".split()
-    assert A.main(["eval", *options, "--num-samples", "4", "--out", str(tmp_path / "found")]) == 0
-    told = capsys.readouterr().out
-    assert 1 <= float(re.search(r"search: ([\d.]+) prefixes", told)[1]) <= 30
+    options = ["--beta1", 0.1, "--eval-limit", 20, "--revisions", 0, "--num-samples", 4]
+    options += ["--model", "data/base", "--out", tmp_path / "found"]
+    said = told(capsys, "eval", "--search", 30, *options)
+    assert 1 <= float(re.search(r"search: ([\d.]+) prefixes", said)[1]) <= 30
     summary = json.loads((tmp_path / "found" / "eval_summary.json").read_text())
     assert summary["acc_t1"] > 0.5  # the base itself has 0.3
 
@@ -1517,7 +1517,14 @@ def test_solve_prints_a_dialogue(capsys):
     assert "[cut off]" in told(capsys, *asked, "--temperature", 50, "--max-new-tokens", 8)
 
 
-BAD_NUMBERS = ("--lr 7", "--beta1 0", "--beta2 nan", "--beta2 inf", "--steps -1", "--num-samples 0")
+BAD_NUMBERS = (
+    "--lr 7",
+    "--beta1 0",
+    "--beta2 nan",
+    "--beta2 inf",
+    "--steps -1",
+    "--num-samples -1",
+)
 BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
 
 
