@@ -2342,6 +2342,26 @@ def test_bench_time_to_accuracy(base, tmp_path, capsys, run):
 
 
 @bench
+def test_bench_growth(base, tmp_path, capsys):
+    """Seconds when one size doubles, and of larger models (random ones, whose responses are long)."""
+    plain = {"train_limit": 64, "num_samples": 2, "batch_size": 16, "max_new_tokens": 32}
+    rows = {"0.8M parameters": {}, "twice the problems": {"train_limit": 128}}
+    rows |= {"twice the samples N": {"num_samples": 4}, "twice the batch": {"batch_size": 32}}
+    rows |= {"twice the tokens": {"max_new_tokens": 64}, "10M": {}, "90M": {}}
+    for i, (name, changes) in enumerate(rows.items()):
+        width, layers = {"10M": (384, 6), "90M": (768, 12)}.get(name, (128, 4))
+        sizes = {"vocab_size": 314, "hidden_size": width, "intermediate_size": 11 * width // 4}
+        model = random_policy(
+            "llama", **sizes, num_hidden_layers=layers, initializer_range=0.02
+        ).model
+        model.save_pretrained(tmp_path / "model")
+        base.tokenizer.save_pretrained(tmp_path / "model")
+        options = {"model": str(tmp_path / "model"), "revisions": 0, "steps": 4, **plain | changes}
+        seconds = ours(tmp_path / str(i), **options)
+        table(capsys, name, **dict(zip(("stage 1", "sampling", "updating"), seconds)))
+
+
+@bench
 @needs_math
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_bench_checker(capsys, ahead):
