@@ -21,9 +21,9 @@ A DOZEN WORDS.
   reward       the number that says how good a response was: r
   baseline     what we expected of the reward before we saw the response
   advantage    reward less baseline: better or worse than expected?
-  log-ratio    log pi(y|x) - log pi_ref(y|x): how far the policy has moved, for this response
+  log-ratio    log pi(y|x) - log pi_ref(y|x), in nats: how far the policy moved on this response
   KL           the log-ratio's mean over the policy's own responses: how far it has moved on average
-  on-policy    learning from responses that the present policy wrote itself
+  on-policy    learning from what the present policy wrote itself (off-policy: from other responses)
   turn         one response in a dialogue
   role         what a turn is there for: to solve, to verify, to revise
 
@@ -39,15 +39,15 @@ For one problem x this has an answer in closed form. Define a policy pi* and a n
 
 Put r from (2) into (1): the objective is V*(x) - beta * KL(pi || pi*). A KL is never negative, and
 0 only where both are the same: so the best policy is pi*, and V*(x) is what it achieves. We cannot
-sample from pi* (it weighs every response by its reward), but take the logarithm of (2):
+sample from pi* (that would take the reward of every response), but take the logarithm of (2):
 
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
 The right side is the *optimal advantage*: the reward of this response less V*(x). (That is the A*
-in the name. It has nothing to do with A* search.) The left side is something that our policy can
-compute for any response, with itself in the place of pi*. And V*(x) depends on the reference alone,
-so it can be known before training begins: (3) is a mean over *its* responses. So A*-PO is two
-stages; Vhat is our estimate of V*.
+in the name. A* search is something else; section 14 shows where the two meet.) The left side we can
+compute for any response, with our policy in the place of pi*. And V*(x) does not depend on our
+policy: (3) is a mean over responses of the reference, so we can estimate it before training begins.
+So A*-PO has two stages; Vhat is the estimate of V*.
 
   Stage 1, once, offline: N = 8 responses per problem from pi_ref, and from their rewards
   (5)  Vhat(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
@@ -61,7 +61,7 @@ PAG plays a dialogue with the same model, and A*-PO trains each of its turns as 
   turn 1, solve :  reward 1 if the answer is right
   turn 2, verify:  reward 1 if the verdict, "The answer is correct." or "... wrong.", is true
   turn 3, revise:  unless the verdict was "correct";  reward acc2 + alpha * (acc2 - acc1), alpha = 1
-                   (acc1, acc2: 1 if the first, the revised answer is right)
+                   (acc1: 1 if the first answer is right, else 0; acc2: of the revised one)
 
 THE SYMBOLS.  Where to find each of them in the code (v_star is always Vhat):
 
@@ -78,8 +78,8 @@ THE SYMBOLS.  Where to find each of them in the code (v_star is always Vhat):
   alpha            alpha                     Config, dialogue_rewards()
 
 CONTENTS.  Part I is the lesson; read it from here to its end, in one evening. Part II shows what
-A*-PO replaces, and the A* that it is not. Part III is the appendix: what the lesson needs around it;
-the few names that the lesson uses without defining them are said in half a sentence.
+A*-PO replaces, and A* search. Part III is the appendix: what the lesson needs around it. Where the
+lesson uses one of its names, half a sentence says what it stands for.
 
   Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
             6 sampling      7 V*          8 the loss  9 PAG's turns
@@ -91,8 +91,8 @@ the few names that the lesson uses without defining them are said in half a sent
             I the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
-            python astarpo.py eval
-            python astarpo.py solve "What is 47 * 36?"     (data/make.py made problems and base)
+            python astarpo.py eval          (data/make.py made the problems and the base model)
+            python astarpo.py solve "What is 47 * 36?"
 """
 
 from __future__ import annotations
@@ -155,10 +155,10 @@ HERE = Path(__file__).resolve().parent
 # ==================================================================================================
 
 # --- 1. The options -------------------------------------------------------------------------------
-# A run's options are the fields of Config: the command line, its help and config.json are all made
-# from this one list. beta1, beta2, N and alpha are the papers'. Steps, batch, lengths and learning
-# rate fit the small base model that comes with this file; the presets at the end of the file have
-# the values for a real one. Skip the second group at first.
+# A run's options are the fields of Config; the command line, its help and config.json are made from
+# them. beta1, beta2, N and alpha are the papers'. The rest of the first group fits the small base
+# model that comes with this file; the presets in section I have the values for a real one. Skip the
+# other two groups at first.
 
 
 def option(
@@ -308,9 +308,9 @@ def is_equiv(predicted: str | float | None, gold: str | float | None) -> bool:
 
 
 # --- 4. Rewards -----------------------------------------------------------------------------------
-# The reward is all that the policy is ever told, so it should say exactly what we want and nothing
-# that can be had more cheaply. For A*-PO it is 1 for a right final answer and 0 for anything else:
-# no partial credit, no bonus for style or length. (PAG's other two rewards: section 9.)
+# The reward is all that the policy is ever told. If it pays for something that is easier than what
+# we want, the policy learns that instead. So A*-PO's is 1 for a right final answer, else 0: no
+# partial credit, no bonus for style or length. (PAG's other two rewards: section 9.)
 
 
 # --- 5. The model ---------------------------------------------------------------------------------
@@ -324,8 +324,8 @@ def is_equiv(predicted: str | float | None, gold: str | float | None) -> bool:
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
-# between two responses the ids of the markers and of our next request: the *bridge*. And a marker
-# that happens to stand in a problem must not end our request: it is split (`without_markers`).
+# between two responses the ids of the markers and of our next request: the *bridge*. (A problem's
+# own text must not end our request: `without_markers` breaks up any marker in it.)
 #
 # The model stays in eval mode for ever, also while it learns: dropout would make log pi differ from
 # log pi_ref before the first update, and (6) is a statement about exactly that difference.
@@ -359,8 +359,8 @@ class Policy:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Compute as this policy: in its dtype (while the weights that learn stay float32, so that
-        an update of 1e-6 is not rounded off), and with or without its LoRA adapters."""
+        """Compute as this policy: with or without its LoRA adapters, and in its dtype. (The weights
+        that learn stay float32: bfloat16 would round off an update of 1e-6.)"""
         if self.adapters is not None:
             (self.model.enable_adapters if self.adapters else self.model.disable_adapters)()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -377,8 +377,8 @@ class Policy:
 
     def bridge_ids(self, request: str, ended: bool) -> list[int]:
         """The ids between a response and the next one. A response that was cut off (not `ended`)
-        lacks its end token; then the bridge begins with it, forced and never scored.
-        (`bridge_text` finds out what the chat template writes there.)"""
+        lacks its end token: the bridge supplies it, and as the policy did not choose it, no loss
+        counts it. (`bridge_text` finds out what the chat template writes there.)"""
         ids = encode(self.tokenizer, bridge_text(self.tokenizer, request))
         return ids[1:] if ended and ids[0] in self.end_ids else ids
 
@@ -399,7 +399,7 @@ def freeze(policy: Policy) -> Policy:
     if policy.adapters:
         return dataclasses.replace(policy, adapters=False)
     model = copy.deepcopy(policy.model).requires_grad_(False)
-    for layer in model.modules():  # frozen weights need no float32; the head may be the embedding
+    for layer in model.modules():  # these autocast would round anyway; the head can be the embedding
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
             layer.to(policy.dtype)
     return dataclasses.replace(policy, model=model)
@@ -407,29 +407,27 @@ def freeze(policy: Policy) -> Policy:
 
 # --- 6. Sampling ----------------------------------------------------------------------------------
 # A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
-# or top-p: equation (6) speaks about the policy itself, not about a sharpened cousin of it. (With
-# --temperature T, pi and pi_ref both mean the model at T, here and in section 8.) Sampling is also
-# where most of the time goes. Three things make it fast, none of them an approximation:
+# or top-p: equation (6) speaks of the policy itself, not of a sharper one. (With --temperature T, pi
+# and pi_ref both mean the model at T, here and in section 8.) Most of the time goes into sampling.
+# Three things make it fast, none of them an approximation:
 #
 # * a *key/value cache*: what the model computed about earlier tokens is kept, so that a new token
-#   costs one token's work;
-# * a batch: many responses are written at once. Prompts differ in length, so the shorter ones get
-#   padding on the left, a mask hides it, and positions count only what the mask shows. Responses
-#   end at different times, so those that have ended leave the batch, but not one by one: to take
-#   rows out copies the cache, so we wait until half of them have ended;
+#   costs one token's work (`Cache` is transformers' own, but keeps to our dtype);
+# * a batch: many responses are written at once. Shorter prompts get padding on the left; a mask
+#   hides it, and positions count only what the mask shows. Responses end at different times. To take
+#   rows out means to copy the cache, so those that have ended leave when they are half of the batch;
 # * equal prompts are read once: stage 1 asks each problem N times.
 #
-# No random state is kept. Each token is chosen by a number u in [0, 1) that is hashed from what it
-# is for: the seed, the training step, the problem, the number of the sample, the turn, the
-# position. So the order of batches does not matter, no generator's state needs to be saved, and on
-# one machine's CPU a run can be repeated to the last digit.
+# No random generator is used. Each token is chosen by a number u in [0, 1), hashed from what it is
+# for: seed, training step, problem, sample, turn and position. So batches may come in any order, a
+# run that goes on has no state to restore, and on one machine's CPU it repeats to the last digit.
 
 
 def uniform(*counters: Any) -> np.ndarray:
     """Uniform numbers in [0, 1), a pure function of integer counters (arrays are broadcast).
 
     Each counter is folded in with splitmix64's mixing steps (Steele et al. 2014). Only 32 bits are
-    kept, so that u times a sum, in `pick`, stays below the sum.
+    kept: with 53, `pick`'s u times the total could be rounded up to the total.
 
     >>> bool(uniform(0, 1, 2) == uniform(0, 1, 2)), uniform(0, np.arange(6)[:, None], [0, 1]).shape
     (True, (6, 2))
@@ -462,8 +460,8 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
 
 
 def read(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-    """Run the model over ids (B, P), after what the cache holds of earlier ones. mask (B, T) says
-    which tokens, cached and new, are no padding. Logits (B, V) for the next token."""
+    """Run the model over the new ids (B, P), which follow those in the cache. mask (B, T), over both:
+    1 for a token, 0 for padding. Returns the logits (B, V) of the next token."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, P)
     logits = model(
         input_ids=ids,
@@ -492,9 +490,9 @@ def sample(
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
-    # Around all tokens, so that autocast casts the weights once, not for each of them. (Inference
-    # mode is faster than no_grad, but autocast remembers nothing in it; switched off, it would
-    # switch gradients on: so no_grad comes after it.)
+    # One block around all tokens: autocast casts the weights once and remembers them. In inference
+    # mode, which is faster, it would not: so that is for float32, which needs no cast. (no_grad
+    # comes second because inference_mode(False) switches gradients on.)
     fast = torch.inference_mode(policy.dtype == torch.float32)
     with fast, torch.no_grad(), policy.active():
         logits = read(policy.model, ids, mask, cache)  # (distinct prompts, V)
@@ -527,16 +525,15 @@ def sample(
 # Vhat = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
 # would choose that response far more often than the reference does. Why not the beta2 = 0.001 of
 # the loss? At 0.001 the same eight samples give 0.998: every problem that was solved once looks as
-# good as solved, and Vhat no longer tells an easy problem from a hard one. So 0.29 is, on purpose,
-# not the V* of (1) at beta2; section 8 says why it need not be. (The logarithm is concave, so on
-# average (5) is a little too low: its bias.)
+# good as solved, and Vhat no longer tells an easy problem from a hard one. So, on purpose, Vhat is
+# not the V* that belongs to the loss's beta2; section 8 says why it need not be. (The logarithm is
+# concave, so on average (5) is a little too low: its bias.)
 
 
 def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
     """Vhat from the rewards of N reference responses: equation (5). (..., N) -> (...).
 
-    log mean exp, not the mean of logs; the maximum goes out of the exponent first (that is what
-    logsumexp does), so that r/beta1 = 1e6 does not overflow.
+    logsumexp takes the maximum out of the exponent first, so that r/beta1 = 1e6 does not overflow.
 
     >>> round(estimate_v_star(torch.tensor([0.0] * 7 + [1.0]), beta1=0.5).item(), 3)
     0.294
