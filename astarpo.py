@@ -399,7 +399,7 @@ def freeze(policy: Policy) -> Policy:
     if policy.adapters:
         return dataclasses.replace(policy, adapters=False)
     model = copy.deepcopy(policy.model).requires_grad_(False)
-    for layer in model.modules():  # these autocast would round anyway; the head can be the embedding
+    for layer in model.modules():  # autocast rounds these anyway; the head may be the embedding
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
             layer.to(policy.dtype)
     return dataclasses.replace(policy, model=model)
@@ -407,15 +407,15 @@ def freeze(policy: Policy) -> Policy:
 
 # --- 6. Sampling ----------------------------------------------------------------------------------
 # A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
-# or top-p: equation (6) speaks of the policy itself, not of a sharper one. (With --temperature T, pi
-# and pi_ref both mean the model at T, here and in section 8.) Most of the time goes into sampling.
-# Three things make it fast, none of them an approximation:
+# or top-p: equation (6) speaks of the policy itself, not of a sharper one. (With --temperature T,
+# pi and pi_ref both mean the model at T, here and in section 8.) Most of a run's time goes into
+# sampling. Three things make it fast, none of them an approximation:
 #
 # * a *key/value cache*: what the model computed about earlier tokens is kept, so that a new token
 #   costs one token's work (`Cache` is transformers' own, but keeps to our dtype);
 # * a batch: many responses are written at once. Shorter prompts get padding on the left; a mask
-#   hides it, and positions count only what the mask shows. Responses end at different times. To take
-#   rows out means to copy the cache, so those that have ended leave when they are half of the batch;
+#   hides it, and positions count only what the mask shows. Responses end at different times, but to
+#   take rows out copies the cache: those that have ended leave when they are half of the batch;
 # * equal prompts are read once: stage 1 asks each problem N times.
 #
 # No random generator is used. Each token is chosen by a number u in [0, 1), hashed from what it is
@@ -460,7 +460,7 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
 
 
 def read(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-    """Run the model over the new ids (B, P), which follow those in the cache. mask (B, T), over both:
+    """Run the model over new ids (B, P), which follow those in the cache. mask (B, T) covers both:
     1 for a token, 0 for padding. Returns the logits (B, V) of the next token."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, P)
     logits = model(
