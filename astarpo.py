@@ -554,25 +554,23 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 # gradient of (1) with beta = beta2: on-policy the regression is a policy gradient, and Vhat its
 # *baseline*. Any V that does not depend on y leaves the same optimum, (2) with beta2. What a good
 # one takes away is noise: a problem that the reference always solves, or never, has r = Vhat and
-# moves nothing at first. So, on-policy, stage 1 buys less noise, not correctness. That is why beta1
-# may differ from beta2, why the bias of (5) with N = 8 does no harm, and why a value pooled over
-# problems can stand in for a missing one.
+# moves nothing at first. So, on-policy, stage 1 buys less noise, not correctness: beta1 may differ
+# from beta2, the bias of (5) does no harm, and where a Vhat is missing, one pooled over problems
+# will do (section 10).
 #
-# Off-policy it is another matter. Over a fixed set of responses the average of grad log pi is not
-# zero, Vhat stays in the gradient, and the regression bends the policy until its log-ratios fit the
-# wrong V as well as they can; only with the V* of beta2 itself does (4) hold for each response on
-# its own. The tests show both on a policy so small that all its responses can be listed.
-# (--minibatches 2, as in the paper, is off-policy by one small update: little, but not nothing. Our
-# default is 1.)
+# Off-policy it is another matter. Over responses from elsewhere the average of grad log pi is not
+# zero, and Vhat stays in the gradient. A wrong one bends the policy: the log-ratios have to fit it
+# as well as they can. Only with the V* of beta2 itself can (4) hold for every response at once. The
+# tests show both on a policy so small that all its responses can be listed. (--minibatches 2, as in
+# the paper, is off-policy by one small update. Our default is 1.)
 #
-# Do not wait for the loss to reach 0. With so small a beta2 the log-ratio's term hardly counts, and
-# what remains is the square of r - Vhat: the better the policy, the more often r = 1 > Vhat. The
-# loss may rise while the policy improves; watch the reward. (Nor does the small factor 2 * beta2
-# slow the learning down: Adam divides by the gradient's size.)
+# Do not wait for the loss to reach 0. With so small a beta2 it is nearly (r - Vhat)^2. The better
+# the policy, the more often r = 1 > Vhat, so the loss may rise while the policy improves: watch the
+# reward. (Nor does the small factor 2 * beta2 slow learning: Adam divides by the gradient's size.)
 #
-# The log-probability of a response is the sum over its tokens, up to and including the token that
-# ends it. The sum, not the mean: (6) speaks of pi(y|x). What we said to the model (prompts,
-# bridges, padding) is no choice of the policy and never enters.
+# The log-probability of a response is the sum over its tokens, with the one that ends it. The sum,
+# not the mean: (6) speaks of pi(y|x). Only tokens that the policy chose are *scored*; prompts,
+# bridges and padding are not.
 
 
 def astarpo_loss(
@@ -596,20 +594,18 @@ LOGITS_AT_A_TIME = 2**26  # in float32: 256 MiB a copy
 
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row:
-    `score_tokens(policy.model, ...)`. (`method` serves fsdp and recomputing.)"""
+    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row.
+    (`method` calls `score_tokens` so that large models and several devices work, too.)"""
     with policy.active(), method(policy.model, score_tokens) as score:
         return score(ids, scored, temperature)
 
 
 def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) -> Tensor:
-    """What `token_logps` asks the model for. The logits at place t - 1 predict token t.
+    """What `token_logps` asks the model for. The logits at place t - 1 predict token t. No mask is
+    needed: attention looks back only, and the padding comes last.
 
-    No mask is needed: attention looks back only, and the padding comes last.
-
-    The large matrix product with the vocabulary is done for the scored places only, and in pieces
-    whose float32 logits are thrown away and computed again in the backward pass: with a vocabulary
-    of 152,000 they would not all fit at once.
+    With a vocabulary of 152,000 the logits of all places would not fit into memory. So they are
+    computed for the scored places only, in pieces, and again in the backward pass.
     """
     hidden = model.get_decoder()(input_ids=ids, use_cache=False)  # all but the last matrix
     hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
@@ -732,7 +728,7 @@ def next_role(dialogue: Dialogue) -> str | None:
 
 
 def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
-    """Add the bridge to the next turn; all dialogues stand at the same one. Solve needs none."""
+    """Add the bridge to the next turn, the same one in all. (The ids begin with solve's request.)"""
     role = next_role(dialogues[0])
     if role != "solve":
         request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
@@ -742,12 +738,11 @@ def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
 
 
 def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
-    """Let the policy write the next turn of each dialogue, and read off its answer or verdict. (It
-    reads the whole dialogue again: keeping the cache saves little time for many lines.)"""
+    """Let the policy write the next turn of each dialogue, and read off its answer or verdict."""
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
     index, which, turn_no = np.array(counters).T[:, :, None]  # each (B, 1); L positions below
     u = uniform(config.seed, step, index, which, turn_no, np.arange(config.max_new_tokens))
-    responses = sample(policy, [dialogue.ids for dialogue in dialogues], u, config)
+    responses = sample(policy, [d.ids for d in dialogues], u, config)  # reads each anew
     add_turns(policy, dialogues, responses)
 
 
@@ -773,10 +768,10 @@ def rollout(
     step: int,
     turns: int | None = None,
 ) -> list[Dialogue]:
-    """Play dialogues to their end (or to so many turns), turn by turn; all of them, in order.
+    """Play dialogues, turn by turn, to their end or to so many turns. Returns all, in order.
 
     step: which rollout this is, for the random numbers (0: stage 1; s + 1: training step s; -1:
-    evaluation). With one process `deal`, `gathered` and `collect` do nothing; with several, they
+    evaluation). `deal`, `gathered` and `collect` do nothing with one process; with several, they
     deal out the dialogues, put fsdp's slices of the weights together, and give all to all.
     """
     mine = deal(dialogues)
@@ -788,15 +783,15 @@ def rollout(
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
                 play_turn(policy, [going[i] for i in batch], config, step)
     for dialogue in mine:
-        pay(dialogue, config)
+        pay(dialogue, config)  # gives each turn its reward; section 15 lets it give more
     return collect(mine, len(dialogues))
 
 
 # --- 10. Training ---------------------------------------------------------------------------------
 # Stage 1 plays N dialogues about each problem with the reference and keeps Vhat for each (problem,
 # role). The solve and verify turns have N samples; a revision comes only after a check that did not
-# say "correct", so its Vhat often rests on one sample or two. If none of the N was revised, the role
-# gets the value of all samples of that role, over all problems: section 8 says why that is harmless.
+# say "correct", so its Vhat often rests on one sample or two. Where there is none, Vhat is that of
+# all revisions of all problems (or 0, if there are none at all): section 8 says why that will do.
 # Stage 2 plays one dialogue a problem with the present policy and takes a gradient step on (6).
 # `Run`, in the appendix, is the run's folder: it keeps and prints what happens, and brings it back
 # after a kill.
@@ -885,16 +880,16 @@ class Learner:
 
 
 def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> dict[str, float]:
-    """One gradient step on (6), a mean over all turns of all dialogues. Returns what was seen.
+    """One gradient step on (6), a mean over all turns of all dialogues. Returns the metrics.
 
-    The dialogues are taken in micro-batches that fit into memory; their gradients add up, each
-    weighted by its share of the turns, so that the sum does not depend on how they were cut. (With
-    several processes `my_share` has the micro-batches of this one, and the gradients are summed.)
+    `my_share` cuts the dialogues into micro-batches that fit into memory and, of several processes,
+    gives each its own. Their gradients add up, each weighted by its share of the turns, so that the
+    sum does not depend on the cut.
     """
     policy, ref, optimizer = learner.policy, learner.ref, learner.optimizer
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
     seen: dict[str, float] = defaultdict(float)
-    for part, weight in my_share(dialogues, config.update_tokens):  # 0: keeps in step
+    for part, weight in my_share(dialogues, config.update_tokens):  # weight 1 (0: see there)
         batch = collate(part, learner.v_star, policy.device)
         inputs = (batch.ids, batch.scored, config.temperature)
         with torch.no_grad():
@@ -914,7 +909,7 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
         seen["entropy"] -= token_logp.sum().item() * weight
         seen["v_star"] += weight * batch.v_star.sum().item() / n_turns
         seen["tokens"] += len(token_logp) * weight
-    seen = sum_over_processes(policy.model, seen)  # and the gradients
+    seen = sum_over_processes(policy.model, seen)  # and adds up the gradients
     seen["entropy"] /= seen.pop("tokens")
     policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
@@ -940,10 +935,8 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
-    """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary.
-
-    resume: go on with the unfinished run in config.out.
-    """
+    """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary. `resume`
+    goes on with the unfinished run in config.out."""
     with Run(config, resume) as run:
         config = run.config  # with a temperature, if none was given
         policy = load_policy(config)
@@ -962,17 +955,18 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             weights = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
         learner = Learner(policy, ref, v_star, optimizer)
-        learn_value(learner, dialogues, config)  # Part II; for A*-PO as it is, nothing
+        learn_value(learner, dialogues, config)  # section 13; for A*-PO as it is, nothing
         for step in run.steps(learner):  # from 0, or from where the run was interrupted
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             chosen = batch_of_step(problems, step, config.batch_size // config.group, config.seed)
-            # Numbered by place: a problem that comes twice in a batch gets two dialogues.
+            # Numbered by place: a problem that comes twice in a batch gets two dialogues. (group:
+            # section 12; for A*-PO 1.)
             asked = [p for p in chosen for _ in range(config.group)]
             fresh = [Dialogue(p, [*policy.prompt_ids(p)], i) for i, p in enumerate(asked)]
             with run.timed("sampling"):
                 dialogues = rollout(policy, fresh, config, step + 1)
             with run.timed("updating"):
-                look_ahead(learner, dialogues, config)  # likewise
+                look_ahead(learner, dialogues, config)  # section 12; likewise
                 size = math.ceil(len(dialogues) / config.minibatches)
                 parts = [dialogues[i : i + size] for i in range(0, len(dialogues), size)]
                 seen = [update(learner, part, config) for part in parts]
@@ -982,14 +976,14 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
-# Dialogues as in training, but on problems that were never trained on, greedily (temperature 0)
-# unless `eval --temperature` says otherwise. Accuracy is measured twice: acc_t1 of the first
+# Dialogues as in training, but about problems that were never trained on, and greedily (temperature
+# 0) unless `eval --temperature` says otherwise. There are two accuracies: acc_t1 of the first
 # attempt, acc_final of the last one. The difference is what checking was worth. A verifier that
-# always says "correct" is right as often as the solver is, so we look at its *balanced* accuracy: the
-# mean of how often it is right about right attempts and about wrong ones. A coin has 0.5, and so has
-# any constant verdict. A trained policy makes few mistakes, and its own attempts leave little to be
-# judged; so the verify turn is also scored on a fixed pool that lies beside the data: attempts of the
-# shipped base, half of them right, half wrong (`evaluate_pool`). `summarize` counts.
+# always says "correct" is right as often as the solver is. So we look at its *balanced* accuracy,
+# the mean of how often it is right about right attempts and about wrong ones: a coin and any
+# constant verdict have 0.5. A trained policy makes few mistakes that it could find, so it also
+# checks a fixed pool of the shipped base's attempts, half of them wrong (`evaluate_pool`).
+# `summarize` counts.
 
 Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
 
