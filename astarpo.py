@@ -728,7 +728,7 @@ def next_role(dialogue: Dialogue) -> str | None:
 
 
 def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
-    """Add the bridge to the next turn, the same one in all. (The ids begin with solve's request.)"""
+    """Add the bridge to the next turn, the same one in all. (Solve's request is in ids already.)"""
     role = next_role(dialogues[0])
     if role != "solve":
         request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
@@ -1003,33 +1003,32 @@ def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config)
 # ==================================================================================================
 
 # --- 12. Other losses -----------------------------------------------------------------------------
-# What does (6) replace? `--loss` puts another loss in its place, on the same dialogues. None of them
+# What does (6) replace? `--loss` puts another loss in its place, on the same dialogues. Only ppo
 # needs stage 1: with --num-samples 0 the baseline is the batch's mean reward of the role.
 #
-# pg, REINFORCE (Williams 1992) with a price on the KL. Let L be a response's log-ratio and A its
+# pg is REINFORCE (Williams 1992) with a price on the KL. Let L be a response's log-ratio and A its
 # advantage, multiply (6) out and divide it by 2 * beta2:
 #
 #     (6) / (2 * beta2)  =  -A * L  +  beta2/2 * L^2  +  A^2 / (2 * beta2)
 #
-# The last term does not depend on pi, and in the first L differs from log pi by a constant: so A*-PO
-# *is* a policy gradient, with Vhat as its baseline and a squared log-ratio as its price. (A square,
-# since the gradient of a sampled L is zero on average, as we saw in section 8, and says nothing; that
-# of L^2/2 is L * grad log pi, on average the gradient of the KL.)
+# The last term does not depend on pi, and L differs from log pi by a constant. So A*-PO *is* a
+# policy gradient, with Vhat as its baseline and L^2 as its price. (Why a square? On average the
+# gradient of L is zero, by section 8; that of L^2/2 is L * grad log pi, on average the KL's.)
 #
-# grpo (Shao et al. 2024, arXiv 2402.03300): --group G dialogues about each of batch/G problems. The
-# advantage is r less the group's mean, divided by the group's deviation: rare successes become loud;
-# a response counts as the mean of its tokens: those of short ones become loud. The ratio pi/pi_old is
-# clipped, so that an old response cannot push for ever. With one update a batch pi_old is pi, the
-# ratio is 1 and nothing is clipped: what is left is a policy gradient.
+# grpo (Shao et al. 2024, arXiv 2402.03300) plays --group G > 1 dialogues about a problem. The
+# advantage is r less the group's mean, over its standard deviation: rare outcomes count for more. A
+# response is the mean of its tokens: those of a short one count for more. The ratio of pi to the
+# policy that sampled is clipped, so that no response is pushed far. (With one update a batch it is
+# 1, nothing is clipped, and what is left is a policy gradient.)
 #
-# ppo (Schulman et al. 2017): each token has an advantage of its own, by GAE (Schulman et al. 2016):
-# how much better does the end look after this token? That says a learned value (section 13), fitted
-# once, on stage 1; PPO's own is trained along. The bonus for entropy is a square, as above.
+# ppo (Schulman et al. 2017) gives each token its own advantage: how much better does the end look
+# after it? GAE (Schulman et al. 2016) reads that off a learned value (section 13), fitted once, on
+# stage 1; PPO trains its own along. The bonus for entropy is a square, for pg's reason.
 #
-# awr (Peng et al. 2019): no reward's gradient but imitation. If pi* weighs a response by exp(A/beta),
-# as (2) says, let the policy imitate its own responses with these weights.
+# awr (Peng et al. 2019) imitates: pi* weighs a response by exp(A/beta), as (2) says, so the policy
+# raises log pi of its own responses with these weights.
 
-CLIP, LAMBDA, ENTROPY = 0.2, 0.95, 1e-3  # PPO's clip, GAE's lambda, the weight of the bonus
+CLIP, LAMBDA, ENTROPY = 0.2, 0.95, 1e-3  # PPO's clip, GAE's lambda, the entropy bonus's weight
 
 
 @dataclass
@@ -1040,7 +1039,7 @@ class Evidence:
     logp: Tensor  # (M,) log pi, now
     old: Tensor  # (M,) when sampled
     ref: Tensor  # (M,) log pi_ref
-    advantage: Tensor  # (M,) the token's; but for ppo that of its turn
+    advantage: Tensor  # (M,) its turn's; for ppo the token's own
 
     def sums(self, numbers: Tensor) -> Tensor:
         """(M,) -> (n,): the sum over each turn's tokens."""
@@ -1048,7 +1047,7 @@ class Evidence:
 
 
 def pg_loss(e: Evidence, config: Config) -> Tensor:
-    """-A * log pi + beta2/2 * L^2, a mean over turns: the gradient of (6) / (2 * beta2)."""
+    """-A * log pi + beta2/2 * L^2, a mean over turns. Its gradient is (6)'s over 2 * beta2."""
     log_ratio = e.sums(e.logp - e.ref)
     return (config.beta2 / 2 * log_ratio.square() - e.sums(e.advantage * e.logp)).mean()
 
@@ -1057,8 +1056,7 @@ def clipped(e: Evidence, config: Config) -> Tensor:
     """(M,) -min(ratio * A, clip(ratio) * A), and beta2 times an estimate of the KL that is never
     negative (Schulman's k3: 1/q - 1 + log q for q = pi/pi_ref)."""
     ratio, back = (e.logp - e.old).exp(), e.ref - e.logp
-    bound = ratio.clamp(1 - CLIP, 1 + CLIP)
-    gain = torch.minimum(ratio * e.advantage, bound * e.advantage)
+    gain = torch.minimum(ratio * e.advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * e.advantage)
     return config.beta2 * (back.exp() - 1 - back) - gain
 
 
@@ -1068,13 +1066,12 @@ def grpo_loss(e: Evidence, config: Config) -> Tensor:
 
 
 def ppo_loss(e: Evidence, config: Config) -> Tensor:
-    """PPO's equation (9), without its value: clipped, with a bonus for entropy."""
+    """PPO's equation (9), without the value's loss: clipped, with a bonus for entropy."""
     return e.sums(clipped(e, config) + ENTROPY / 2 * e.logp.square()).mean()
 
 
 def awr_loss(e: Evidence, config: Config) -> Tensor:
-    """log pi of each response, weighted (`look_ahead` has put exp(A/beta1), normalised over the
-    batch, where the advantage stood)."""
+    """log pi, weighted: `look_ahead` puts exp(A/beta1), normalised, where the advantage stood."""
     return -e.sums(e.advantage * e.logp).mean()
 
 
@@ -1086,10 +1083,9 @@ def neighbour_loss(
 ) -> Tensor:
     """The loss that --loss names, of some dialogues. tokens: turn, log pi, log pi_ref (M,)."""
     turn, logp, ref_logp = tokens
-    notes = [learner.notes[id(turn)] for dialogue in dialogues for turn in dialogue.turns]
-    advantage = torch.cat([advantage for advantage, _ in notes])
-    old = torch.cat([old for _, old in notes]) if config.minibatches > 1 else logp.detach()
-    return LOSSES[config.loss](Evidence(turn, logp, old, ref_logp, advantage), config)
+    advantage, old = zip(*(learner.notes[id(turn)] for d in dialogues for turn in d.turns))
+    old = torch.cat(old) if config.minibatches > 1 else logp.detach()
+    return LOSSES[config.loss](Evidence(turn, logp, old, ref_logp, torch.cat(advantage)), config)
 
 
 def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
@@ -1107,8 +1103,8 @@ def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
 
 
 def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> None:
-    """Before a batch's first update: its mean reward as the baseline where there was no stage 1, and
-    what other losses must know of the whole batch. For A*-PO as it is: nothing."""
+    """Before a batch's first update: its mean reward as baseline where there was no stage 1, and for
+    the other losses each turn's advantages and, where pi will move on, its old log pi."""
     policy, turns = learner.policy, [(d, turn) for d in dialogues for turn in d.turns]
     if not config.num_samples:
         paid = {r: mean(t.reward for _, t in turns if t.role == r) for r in ROLES}
@@ -1123,35 +1119,34 @@ def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) 
             gains[group] = (gains[group] - gains[group].mean()) / spread
     if config.loss == "awr":
         gains = (gains / config.beta1).softmax(0) * len(gains)
-    advantage = [gain.expand(t.end - t.start) for gain, (_, t) in zip(gains, turns)]
+    lengths = [turn.end - turn.start for _, turn in turns]
+    advantage = [gain.expand(length) for gain, length in zip(gains, lengths)]
     if config.loss == "ppo":
         texts = [d.ids for d in dialogues]
         chances = think(learner.ref, texts, config, lambda i, s: learner.value(s).sigmoid())
         places = [(p, turn) for p, d in zip(chances, dialogues) for turn in d.turns]
         advantage = [gae(p[t.start - 1 : t.end - 1], t.reward) for p, t in places]
-    old: list[Tensor | None] = [None] * len(turns)
+    old: Sequence[Tensor | None] = [None] * len(turns)
     if config.minibatches > 1:  # from the second update on, pi is not what it was
         parts = [collate([d], learner.v_star, policy.device) for d in dialogues]
         with torch.no_grad():
             logps = [token_logps(policy, b.ids, b.scored, config.temperature) for b in parts]
-        old = [x for p, b in zip(logps, parts) for x in p.split(b.turn.bincount().tolist())]
-    notes = zip(turns, advantage, old)
-    learner.notes = {id(turn): (a.to(policy.device), logp) for (_, turn), a, logp in notes}
+        old = torch.cat(logps).split(lengths)
+    learner.notes = {id(t): (a.to(policy.device), o) for (_, t), a, o in zip(turns, advantage, old)}
 
 
 # --- 13. A learned value --------------------------------------------------------------------------
-# Vhat(x) is a number a problem, and knows nothing of a response half written. A *value function*
-# does: V*(x, y_<t), the best that can still be reached from here. Critics such as PPO's learn the
-# mean instead, what will be reached on average. For rewards 0 and 1 both follow from one probability,
-# p = 'a response of the reference that begins like this ends right':
+# Vhat(x) is one number for a problem. A *value function* V*(x, y_<t) also knows the tokens y_<t that
+# were written so far: it says the best that can still be reached. (PPO's critic learns the mean:
+# what will be reached on average.) For rewards 0 and 1 both follow from p, the probability that a
+# response of the reference that begins like this ends right:
 #
 #     mean: p        soft: V* = beta * log( 1 - p + p * e^(1/beta) )       ((3), with two outcomes)
 #
-# and p is a logistic regression: a small network over what the reference thinks at that place (its
-# last hidden state), fitted to stage 1's dialogues, a fifth of the problems held out to tell when to
-# stop. It can judge problems that nobody sampled; Vhat has N samples of the very problem. It forgets
-# that the policy moves on: it stays the value of the *reference*. (A revision may earn 2 or -1: here
-# its value is its chance to be right.)
+# A small network guesses p from the reference's last hidden state. It is fitted to stage 1's
+# dialogues; a fifth of the problems is held out, to tell when to stop. It can judge problems that
+# nobody sampled, but it knows none as well as N samples do, and it stays the value of the
+# *reference* while the policy moves on. (A revision may earn 2 or -1: its p is that it is right.)
 
 PLACES = 16  # of a turn that are fitted: a long turn counts as much as a short one
 
@@ -1182,8 +1177,8 @@ def think(
 
 def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> torch.nn.Module:
     """Fit p to the reference's dialogues. Returns its logit as a function of hidden states:
-    (..., width) -> (...). Prints how good it is at solve turns of the problems held out, as a guess
-    (AUC) and, as V*, for a baseline (R^2: the share of the reward's variance that it takes away)."""
+    (..., width) -> (...). Prints how good it is on the solve turns held out: as a guess (AUC), and
+    V* as a baseline (R^2: the share of the reward's variance that it removes)."""
     if len({d.problem.index % 5 == 0 for d in dialogues}) < 2:
         raise UsageError("a learned value needs stage 1 (--num-samples) on five problems or more")
     turns = [(d, turn) for d in dialogues for turn in d.turns]
@@ -1198,16 +1193,13 @@ def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> tor
     layers = (torch.nn.Linear(x.shape[2], 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
     value = torch.nn.Sequential(*layers, torch.nn.Flatten(-2)).to(x.device)
     optimizer = torch.optim.Adam(value.parameters(), lr=1e-3)
-
-    def loss(rows: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(value(x[rows]), y[rows])
-
+    loss = F.binary_cross_entropy_with_logits
     best, weights, train = math.inf, {}, (~held).nonzero()[:, 0]
-    while (now := loss(held).item()) < best:  # until it gets worse
+    while (now := loss(value(x[held]), y[held]).item()) < best:  # until it gets worse
         best, weights = now, copy.deepcopy(value.state_dict())
         for rows in train[torch.randperm(len(train))].split(64):
             optimizer.zero_grad()
-            loss(rows).backward()
+            loss(value(x[rows]), y[rows]).backward()
             optimizer.step()
     value.load_state_dict(weights)
     judged = held & torch.tensor([t.role == "solve" for _, t in turns], device=x.device)
@@ -1236,20 +1228,19 @@ def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config)
 
 
 # --- 14. Best-first search: the other A* ----------------------------------------------------------
-# A* search (Hart, Nilsson and Raphael 1968) keeps a queue of half-finished ways, and always goes on
-# with the one whose f = g + h is best: g for what lies behind, h for the best that can still come. The
-# two A* are one if g = log pi_ref(y_<t | x) and h = V*(x, y_<t) / beta:
+# A* search (Hart, Nilsson and Raphael 1968) keeps a queue of unfinished paths and always extends
+# the one with the best f = g + h: g for what lies behind, h for the best that can still come. Let g
+# be log pi_ref(y_<t | x) and h be V*(x, y_<t) / beta (beta1 here), and the two A* meet:
 #
-# * V* of a prefix and a token, less V* of the prefix, is the token's optimal advantage; its sum over
-#   a response is (4). So f = log pi*(y_<t | x) + V*(x)/beta: what pi* thinks of the prefix.
-# * V* is a log-sum-exp over all that may follow, and at least its largest term: h never promises
+# * A token's optimal advantage is V* after it less V* before it; their sum over a response is (4).
+#   So f = log pi*(y_<t | x) + V*(x)/beta: what pi* thinks of the prefix.
+# * h is a log-sum-exp over all that may follow, and at least its largest term: it never promises
 #   less than can still come (it is *admissible*), and f never rises along the way (*consistent*).
 # * So the first complete response at the head of the queue is the likeliest one of pi*.
 #
-# Search reads off, without training and at a price a problem, the policy that A*-PO trains; with a
-# fitted value there is only the hope. One node is opened at a time in each problem: who accepts a
-# complete response that is only second in its queue accepts blurting. (Training never searches: (6)
-# speaks of what the policy drew itself; section 8.)
+# This takes no training, but time for each problem; and with a fitted value nothing is certain. A
+# complete response that is only second in its queue must wait, or short ones would win. (Training
+# never searches: (6) speaks of what the policy drew itself; section 8.)
 
 BRANCH, QUEUE = 4, 256  # tokens that are tried after a prefix, prefixes that are kept
 
@@ -1295,8 +1286,7 @@ def best_first(
 
 
 def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
-    """--search: stage 1 on the training problems, a value fitted to it, and the solve turn of each
-    dialogue by best-first search. Further turns are played as always."""
+    """--search: fit a value to a stage 1 of this policy; with it, search for each solve turn."""
     problems = load_problems(policy, config, "train")
     drawn = dataclasses.replace(config, temperature=1.0, top_p=1.0, revisions=0)
     wanted = n_dialogues(policy, problems, config.num_samples)
@@ -1315,13 +1305,12 @@ def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
 
 
 # --- 15. Shaped rewards ---------------------------------------------------------------------------
-# Section 4's warning, to be tried: whatever is paid for is what will be had. (What each of the two
-# options did to length and accuracy is in the README.)
+# Section 4's warning, to be tried: the policy learns whatever is paid for.
 
 
 def pay(dialogue: Dialogue, config: Config) -> None:
-    """Give each turn its reward, and what is paid besides: --format-reward for an answer that can be
-    read, less --length-penalty for each token beyond half of --max-new-tokens."""
+    """Give each turn its reward, plus --format-reward for an answer that can be read, less
+    --length-penalty for each token beyond half of --max-new-tokens."""
     for turn, reward in zip(dialogue.turns, dialogue.rewards(config.alpha)):
         over = max(0, turn.end - turn.start - config.max_new_tokens // 2)
         bonus = config.format_reward * (turn.answer is not None)
