@@ -1017,16 +1017,15 @@ def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config)
 #
 # grpo (Shao et al. 2024, arXiv 2402.03300) plays --group G > 1 dialogues about a problem. The
 # advantage is r less the group's mean, over its standard deviation: rare outcomes count for more. A
-# response is the mean of its tokens: those of a short one count for more. The ratio of pi to the
-# policy that sampled is clipped, so that no response is pushed far. (With one update a batch it is
-# 1, nothing is clipped, and what is left is a policy gradient.)
+# response is the mean of its tokens: those of a short one count for more. Clipping the ratio of pi
+# to the policy that sampled keeps a response from pushing far; with one update a batch the ratio is
+# 1, and this is a policy gradient, too.
 #
 # ppo (Schulman et al. 2017) gives each token its own advantage: how much better does the end look
 # after it? GAE (Schulman et al. 2016) reads that off a learned value (section 13), fitted once, on
 # stage 1; PPO trains its own along. The bonus for entropy is a square, for pg's reason.
 #
-# awr (Peng et al. 2019) imitates: pi* weighs a response by exp(A/beta), as (2) says, so the policy
-# raises log pi of its own responses with these weights.
+# awr (Peng et al. 2019) imitates the policy's own responses, weighted by exp(A/beta) as in (2).
 
 CLIP, LAMBDA, ENTROPY = 0.2, 0.95, 1e-3  # PPO's clip, GAE's lambda, the entropy bonus's weight
 
@@ -1037,8 +1036,8 @@ class Evidence:
 
     turn: Tensor  # (M,) which turn a token belongs to, 0 .. n - 1
     logp: Tensor  # (M,) log pi, now
-    old: Tensor  # (M,) when sampled
     ref: Tensor  # (M,) log pi_ref
+    old: Tensor  # (M,) log pi before the batch's first update
     advantage: Tensor  # (M,) its turn's; for ppo the token's own
 
     def sums(self, numbers: Tensor) -> Tensor:
@@ -1081,16 +1080,14 @@ LOSSES = {"pg": pg_loss, "grpo": grpo_loss, "ppo": ppo_loss, "awr": awr_loss}
 def neighbour_loss(
     learner: Learner, dialogues: Sequence[Dialogue], tokens: Sequence[Tensor], config: Config
 ) -> Tensor:
-    """The loss that --loss names, of some dialogues. tokens: turn, log pi, log pi_ref (M,)."""
-    turn, logp, ref_logp = tokens
+    """The loss that --loss names, of some dialogues. tokens: Evidence's first three."""
     advantage, old = zip(*(learner.notes[id(turn)] for d in dialogues for turn in d.turns))
-    old = torch.cat(old) if config.minibatches > 1 else logp.detach()
-    return LOSSES[config.loss](Evidence(turn, logp, old, ref_logp, torch.cat(advantage)), config)
+    old = torch.cat(old) if config.minibatches > 1 else tokens[1].detach()
+    return LOSSES[config.loss](Evidence(*tokens, old, torch.cat(advantage)), config)
 
 
 def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
-    """Generalised advantage estimation. values (T,): V before each token -> A of each token (T,).
-
+    """Generalised advantage estimation: values (T,), V before each token -> A of each token (T,).
     A_t = sum_l lam^l * delta_{t+l} with delta_t = V_{t+1} - V_t, where the reward is the last V.
 
     >>> gae(torch.tensor([0.5, 0.25]), 1.0, lam=0.5)  # first -0.25, then 0.75
@@ -1103,8 +1100,8 @@ def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
 
 
 def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> None:
-    """Before a batch's first update: its mean reward as baseline where there was no stage 1, and for
-    the other losses each turn's advantages and, where pi will move on, its old log pi."""
+    """Before a batch's first update: its mean reward as baseline where there was no stage 1, and
+    for the other losses each turn's advantages and, where pi will move on, its old log pi."""
     policy, turns = learner.policy, [(d, turn) for d in dialogues for turn in d.turns]
     if not config.num_samples:
         paid = {r: mean(t.reward for _, t in turns if t.role == r) for r in ROLES}
@@ -1136,16 +1133,16 @@ def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) 
 
 
 # --- 13. A learned value --------------------------------------------------------------------------
-# Vhat(x) is one number for a problem. A *value function* V*(x, y_<t) also knows the tokens y_<t that
-# were written so far: it says the best that can still be reached. (PPO's critic learns the mean:
-# what will be reached on average.) For rewards 0 and 1 both follow from p, the probability that a
+# Vhat(x) is one number for a problem. A *value function* V*(x, y_<t) also knows the tokens y_<t
+# written so far: it says the best that can still be reached. (PPO's critic learns the mean: what
+# will be reached on average.) For rewards 0 and 1 both follow from p, the probability that a
 # response of the reference that begins like this ends right:
 #
 #     mean: p        soft: V* = beta * log( 1 - p + p * e^(1/beta) )       ((3), with two outcomes)
 #
 # A small network guesses p from the reference's last hidden state. It is fitted to stage 1's
-# dialogues; a fifth of the problems is held out, to tell when to stop. It can judge problems that
-# nobody sampled, but it knows none as well as N samples do, and it stays the value of the
+# dialogues, but for a fifth of the problems, which tell when to stop. It can judge problems that
+# nobody sampled; but N samples of the very problem say more, and it stays the value of the
 # *reference* while the policy moves on. (A revision may earn 2 or -1: its p is that it is right.)
 
 PLACES = 16  # of a turn that are fitted: a long turn counts as much as a short one
@@ -1176,16 +1173,15 @@ def think(
 
 
 def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> torch.nn.Module:
-    """Fit p to the reference's dialogues. Returns its logit as a function of hidden states:
-    (..., width) -> (...). Prints how good it is on the solve turns held out: as a guess (AUC), and
-    V* as a baseline (R^2: the share of the reward's variance that it removes)."""
+    """Fit p to the reference's dialogues; returns its logit: hidden states (..., width) -> (...).
+    Prints, of solve turns held out, the AUC of p and the share R^2 of variance that V* removes."""
     if len({d.problem.index % 5 == 0 for d in dialogues}) < 2:
         raise UsageError("a learned value needs stage 1 (--num-samples) on five problems or more")
     turns = [(d, turn) for d in dialogues for turn in d.turns]
     ends = [np.array([(t.start - 1, t.end - 1) for t in d.turns]).T for d in dialogues]
     places = [np.linspace(*end, PLACES, axis=1).astype(int) for end in ends]
-    texts = [d.ids for d in dialogues]
-    x = torch.cat(think(ref, texts, config, lambda i, s: s[places[i]]))  # (turns, PLACES, width)
+    states = think(ref, [d.ids for d in dialogues], config, lambda i, s: s[places[i]])
+    x = torch.cat(states)  # (turns, PLACES, width)
     right = [reward for d in dialogues for reward in d.rewards(alpha=0)]
     y = torch.tensor(right, device=x.device)[:, None].expand(-1, PLACES)
     held = torch.tensor([d.problem.index % 5 == 0 for d, _ in turns], device=x.device)
@@ -1258,11 +1254,8 @@ class Prefix(NamedTuple):
 def best_first(
     look: Callable[..., Any], prompts: list[list[int]], ends: Sequence[int], config: Config
 ) -> list[list[int]]:
-    """For each prompt the first complete response at the head of its queue; after --search openings
-    the best complete one in it, or what there is.
-
-    look: texts -> their likeliest next tokens (n, K), log pi_ref of these (n, K), and h (n,).
-    """
+    """For each prompt the first complete response at the head of its queue, or the best that there
+    is after --search openings. look: texts -> their likeliest next tokens, log pi_ref, and h."""
     queues: list[list[Prefix]] = [[] for _ in prompts]
     numbers, opened, singles = itertools.count(), 0, [[end] for end in ends]
 
@@ -1271,8 +1264,7 @@ def best_first(
         for (i, response, g), tokens, logps, h in zip(nodes, *(t.tolist() for t in found)):
             complete = len(response) == config.max_new_tokens or response[-1:] in singles
             longer = [([*response, token], g + logp) for token, logp in zip(tokens, logps)]
-            node = Prefix(-(g + h), next(numbers), response, complete, longer)
-            heapq.heappush(queues[i], node)
+            heapq.heappush(queues[i], Prefix(-(g + h), next(numbers), response, complete, longer))
 
     push([(i, [], 0.0) for i in range(len(prompts))])
     for _ in range(config.search):
@@ -1287,9 +1279,8 @@ def best_first(
 
 def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
     """--search: fit a value to a stage 1 of this policy; with it, search for each solve turn."""
-    problems = load_problems(policy, config, "train")
     drawn = dataclasses.replace(config, temperature=1.0, top_p=1.0, revisions=0)
-    wanted = n_dialogues(policy, problems, config.num_samples)
+    wanted = n_dialogues(policy, load_problems(policy, config, "train"), config.num_samples)
     played = [d for part in rollouts(policy, wanted, drawn, 0, "stage 1") for d in part]
     value, head = fit_value(policy, played, config), policy.model.get_output_embeddings()
 
