@@ -21,9 +21,9 @@ A DOZEN WORDS.
   reward       the number that says how good a response was: r
   baseline     what we expected of the reward before we saw the response
   advantage    reward less baseline: better or worse than expected?
-  log-ratio    log pi(y|x) - log pi_ref(y|x): how far the policy has moved, for this response
+  log-ratio    log pi(y|x) - log pi_ref(y|x), in nats: how far the policy moved on this response
   KL           the log-ratio's mean over the policy's own responses: how far it has moved on average
-  on-policy    learning from responses that the present policy wrote itself
+  on-policy    learning from what the present policy wrote itself (off-policy: from other responses)
   turn         one response in a dialogue
   role         what a turn is there for: to solve, to verify, to revise
 
@@ -39,15 +39,15 @@ For one problem x this has an answer in closed form. Define a policy pi* and a n
 
 Put r from (2) into (1): the objective is V*(x) - beta * KL(pi || pi*). A KL is never negative, and
 0 only where both are the same: so the best policy is pi*, and V*(x) is what it achieves. We cannot
-sample from pi* (it weighs every response by its reward), but take the logarithm of (2):
+sample from pi* (that would take the reward of every response), but take the logarithm of (2):
 
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
 The right side is the *optimal advantage*: the reward of this response less V*(x). (That is the A*
-in the name. It has nothing to do with A* search.) The left side is something that our policy can
-compute for any response, with itself in the place of pi*. And V*(x) depends on the reference alone,
-so it can be known before training begins: (3) is a mean over *its* responses. So A*-PO is two
-stages; Vhat is our estimate of V*.
+in the name. A* search is something else; section 14 shows where the two meet.) The left side we can
+compute for any response, with our policy in the place of pi*. And V*(x) does not depend on our
+policy: (3) is a mean over responses of the reference, so we can estimate it before training begins.
+So A*-PO has two stages; Vhat is the estimate of V*.
 
   Stage 1, once, offline: N = 8 responses per problem from pi_ref, and from their rewards
   (5)  Vhat(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
@@ -61,7 +61,7 @@ PAG plays a dialogue with the same model, and A*-PO trains each of its turns as 
   turn 1, solve :  reward 1 if the answer is right
   turn 2, verify:  reward 1 if the verdict, "The answer is correct." or "... wrong.", is true
   turn 3, revise:  unless the verdict was "correct";  reward acc2 + alpha * (acc2 - acc1), alpha = 1
-                   (acc1, acc2: 1 if the first, the revised answer is right)
+                   (acc1: 1 if the first answer is right, else 0; acc2: of the revised one)
 
 THE SYMBOLS.  Where to find each of them in the code (v_star is always Vhat):
 
@@ -78,8 +78,8 @@ THE SYMBOLS.  Where to find each of them in the code (v_star is always Vhat):
   alpha            alpha                     Config, dialogue_rewards()
 
 CONTENTS.  Part I is the lesson; read it from here to its end, in one evening. Part II shows what
-A*-PO replaces, and the A* that it is not. Part III is the appendix: what the lesson needs around it;
-the few names that the lesson uses without defining them are said in half a sentence.
+A*-PO replaces, and A* search. Part III is the appendix: what the lesson needs around it. Where the
+lesson uses one of its names, half a sentence says what it stands for.
 
   Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
             6 sampling      7 V*          8 the loss  9 PAG's turns
@@ -91,8 +91,8 @@ the few names that the lesson uses without defining them are said in half a sent
             I the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
-            python astarpo.py eval
-            python astarpo.py solve "What is 47 * 36?"     (data/make.py made problems and base)
+            python astarpo.py eval          (data/make.py made the problems and the base model)
+            python astarpo.py solve "What is 47 * 36?"
 """
 
 from __future__ import annotations
@@ -155,10 +155,10 @@ HERE = Path(__file__).resolve().parent
 # ==================================================================================================
 
 # --- 1. The options -------------------------------------------------------------------------------
-# A run's options are the fields of Config: the command line, its help and config.json are all made
-# from this one list. beta1, beta2, N and alpha are the papers'. Steps, batch, lengths and learning
-# rate fit the small base model that comes with this file; the presets at the end of the file have
-# the values for a real one. Skip the second group at first.
+# A run's options are the fields of Config; the command line, its help and config.json are made from
+# them. beta1, beta2, N and alpha are the papers'. The rest of the first group fits the small base
+# model that comes with this file; the presets in section I have the values for a real one. Skip the
+# other two groups at first.
 
 
 def option(
@@ -308,9 +308,9 @@ def is_equiv(predicted: str | float | None, gold: str | float | None) -> bool:
 
 
 # --- 4. Rewards -----------------------------------------------------------------------------------
-# The reward is all that the policy is ever told, so it should say exactly what we want and nothing
-# that can be had more cheaply. For A*-PO it is 1 for a right final answer and 0 for anything else:
-# no partial credit, no bonus for style or length. (PAG's other two rewards: section 9.)
+# The reward is all that the policy is ever told. If it pays for something that is easier than what
+# we want, the policy learns that instead. So A*-PO's is 1 for a right final answer, else 0: no
+# partial credit, no bonus for style or length. (PAG's other two rewards: section 9.)
 
 
 # --- 5. The model ---------------------------------------------------------------------------------
@@ -324,8 +324,8 @@ def is_equiv(predicted: str | float | None, gold: str | float | None) -> bool:
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
-# between two responses the ids of the markers and of our next request: the *bridge*. And a marker
-# that happens to stand in a problem must not end our request: it is split (`without_markers`).
+# between two responses the ids of the markers and of our next request: the *bridge*. (A problem's
+# own text must not end our request: `without_markers` breaks up any marker in it.)
 #
 # The model stays in eval mode for ever, also while it learns: dropout would make log pi differ from
 # log pi_ref before the first update, and (6) is a statement about exactly that difference.
@@ -359,8 +359,8 @@ class Policy:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Compute as this policy: in its dtype (while the weights that learn stay float32, so that
-        an update of 1e-6 is not rounded off), and with or without its LoRA adapters."""
+        """Compute as this policy: with or without its LoRA adapters, and in its dtype. (The weights
+        that learn stay float32: bfloat16 would round off an update of 1e-6.)"""
         if self.adapters is not None:
             (self.model.enable_adapters if self.adapters else self.model.disable_adapters)()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -377,8 +377,8 @@ class Policy:
 
     def bridge_ids(self, request: str, ended: bool) -> list[int]:
         """The ids between a response and the next one. A response that was cut off (not `ended`)
-        lacks its end token; then the bridge begins with it, forced and never scored.
-        (`bridge_text` finds out what the chat template writes there.)"""
+        lacks its end token: the bridge supplies it, and as the policy did not choose it, no loss
+        counts it. (`bridge_text` finds out what the chat template writes there.)"""
         ids = encode(self.tokenizer, bridge_text(self.tokenizer, request))
         return ids[1:] if ended and ids[0] in self.end_ids else ids
 
@@ -399,7 +399,7 @@ def freeze(policy: Policy) -> Policy:
     if policy.adapters:
         return dataclasses.replace(policy, adapters=False)
     model = copy.deepcopy(policy.model).requires_grad_(False)
-    for layer in model.modules():  # frozen weights need no float32; the head may be the embedding
+    for layer in model.modules():  # autocast rounds these anyway; the head may be the embedding
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
             layer.to(policy.dtype)
     return dataclasses.replace(policy, model=model)
@@ -407,29 +407,27 @@ def freeze(policy: Policy) -> Policy:
 
 # --- 6. Sampling ----------------------------------------------------------------------------------
 # A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
-# or top-p: equation (6) speaks about the policy itself, not about a sharpened cousin of it. (With
-# --temperature T, pi and pi_ref both mean the model at T, here and in section 8.) Sampling is also
-# where most of the time goes. Three things make it fast, none of them an approximation:
+# or top-p: equation (6) speaks of the policy itself, not of a sharper one. (With --temperature T,
+# pi and pi_ref both mean the model at T, here and in section 8.) Most of a run's time goes into
+# sampling. Three things make it fast, none of them an approximation:
 #
 # * a *key/value cache*: what the model computed about earlier tokens is kept, so that a new token
-#   costs one token's work;
-# * a batch: many responses are written at once. Prompts differ in length, so the shorter ones get
-#   padding on the left, a mask hides it, and positions count only what the mask shows. Responses
-#   end at different times, so those that have ended leave the batch, but not one by one: to take
-#   rows out copies the cache, so we wait until half of them have ended;
+#   costs one token's work (`Cache` is transformers' own, but keeps to our dtype);
+# * a batch: many responses are written at once. Shorter prompts get padding on the left; a mask
+#   hides it, and positions count only what the mask shows. Responses end at different times, but to
+#   take rows out copies the cache: those that have ended leave when they are half of the batch;
 # * equal prompts are read once: stage 1 asks each problem N times.
 #
-# No random state is kept. Each token is chosen by a number u in [0, 1) that is hashed from what it
-# is for: the seed, the training step, the problem, the number of the sample, the turn, the
-# position. So the order of batches does not matter, no generator's state needs to be saved, and on
-# one machine's CPU a run can be repeated to the last digit.
+# No random generator is used. Each token is chosen by a number u in [0, 1), hashed from what it is
+# for: seed, training step, problem, sample, turn and position. So batches may come in any order, a
+# run that goes on has no state to restore, and on one machine's CPU it repeats to the last digit.
 
 
 def uniform(*counters: Any) -> np.ndarray:
     """Uniform numbers in [0, 1), a pure function of integer counters (arrays are broadcast).
 
     Each counter is folded in with splitmix64's mixing steps (Steele et al. 2014). Only 32 bits are
-    kept, so that u times a sum, in `pick`, stays below the sum.
+    kept: with 53, `pick`'s u times the total could be rounded up to the total.
 
     >>> bool(uniform(0, 1, 2) == uniform(0, 1, 2)), uniform(0, np.arange(6)[:, None], [0, 1]).shape
     (True, (6, 2))
@@ -462,8 +460,8 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> T
 
 
 def read(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-    """Run the model over ids (B, P), after what the cache holds of earlier ones. mask (B, T) says
-    which tokens, cached and new, are no padding. Logits (B, V) for the next token."""
+    """Run the model over new ids (B, P), which follow those in the cache. mask (B, T) covers both:
+    1 for a token, 0 for padding. Returns the logits (B, V) of the next token."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, P)
     logits = model(
         input_ids=ids,
@@ -492,9 +490,9 @@ def sample(
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
-    # Around all tokens, so that autocast casts the weights once, not for each of them. (Inference
-    # mode is faster than no_grad, but autocast remembers nothing in it; switched off, it would
-    # switch gradients on: so no_grad comes after it.)
+    # One block around all tokens: autocast casts the weights once and remembers them. In inference
+    # mode, which is faster, it would not: so that is for float32, which needs no cast. (no_grad
+    # comes second because inference_mode(False) switches gradients on.)
     fast = torch.inference_mode(policy.dtype == torch.float32)
     with fast, torch.no_grad(), policy.active():
         logits = read(policy.model, ids, mask, cache)  # (distinct prompts, V)
@@ -527,16 +525,15 @@ def sample(
 # Vhat = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
 # would choose that response far more often than the reference does. Why not the beta2 = 0.001 of
 # the loss? At 0.001 the same eight samples give 0.998: every problem that was solved once looks as
-# good as solved, and Vhat no longer tells an easy problem from a hard one. So 0.29 is, on purpose,
-# not the V* of (1) at beta2; section 8 says why it need not be. (The logarithm is concave, so on
-# average (5) is a little too low: its bias.)
+# good as solved, and Vhat no longer tells an easy problem from a hard one. So, on purpose, Vhat is
+# not the V* that belongs to the loss's beta2; section 8 says why it need not be. (The logarithm is
+# concave, so on average (5) is a little too low: its bias.)
 
 
 def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
     """Vhat from the rewards of N reference responses: equation (5). (..., N) -> (...).
 
-    log mean exp, not the mean of logs; the maximum goes out of the exponent first (that is what
-    logsumexp does), so that r/beta1 = 1e6 does not overflow.
+    logsumexp takes the maximum out of the exponent first, so that r/beta1 = 1e6 does not overflow.
 
     >>> round(estimate_v_star(torch.tensor([0.0] * 7 + [1.0]), beta1=0.5).item(), 3)
     0.294
@@ -557,25 +554,23 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 # gradient of (1) with beta = beta2: on-policy the regression is a policy gradient, and Vhat its
 # *baseline*. Any V that does not depend on y leaves the same optimum, (2) with beta2. What a good
 # one takes away is noise: a problem that the reference always solves, or never, has r = Vhat and
-# moves nothing at first. So, on-policy, stage 1 buys less noise, not correctness. That is why beta1
-# may differ from beta2, why the bias of (5) with N = 8 does no harm, and why a value pooled over
-# problems can stand in for a missing one.
+# moves nothing at first. So, on-policy, stage 1 buys less noise, not correctness: beta1 may differ
+# from beta2, the bias of (5) does no harm, and where a Vhat is missing, one pooled over problems
+# will do (section 10).
 #
-# Off-policy it is another matter. Over a fixed set of responses the average of grad log pi is not
-# zero, Vhat stays in the gradient, and the regression bends the policy until its log-ratios fit the
-# wrong V as well as they can; only with the V* of beta2 itself does (4) hold for each response on
-# its own. The tests show both on a policy so small that all its responses can be listed.
-# (--minibatches 2, as in the paper, is off-policy by one small update: little, but not nothing. Our
-# default is 1.)
+# Off-policy it is another matter. Over responses from elsewhere the average of grad log pi is not
+# zero, and Vhat stays in the gradient. A wrong one bends the policy: the log-ratios have to fit it
+# as well as they can. Only with the V* of beta2 itself can (4) hold for every response at once. The
+# tests show both on a policy so small that all its responses can be listed. (--minibatches 2, as in
+# the paper, is off-policy by one small update. Our default is 1.)
 #
-# Do not wait for the loss to reach 0. With so small a beta2 the log-ratio's term hardly counts, and
-# what remains is the square of r - Vhat: the better the policy, the more often r = 1 > Vhat. The
-# loss may rise while the policy improves; watch the reward. (Nor does the small factor 2 * beta2
-# slow the learning down: Adam divides by the gradient's size.)
+# Do not wait for the loss to reach 0. With so small a beta2 it is nearly (r - Vhat)^2. The better
+# the policy, the more often r = 1 > Vhat, so the loss may rise while the policy improves: watch the
+# reward. (Nor does the small factor 2 * beta2 slow learning: Adam divides by the gradient's size.)
 #
-# The log-probability of a response is the sum over its tokens, up to and including the token that
-# ends it. The sum, not the mean: (6) speaks of pi(y|x). What we said to the model (prompts,
-# bridges, padding) is no choice of the policy and never enters.
+# The log-probability of a response is the sum over its tokens, with the one that ends it. The sum,
+# not the mean: (6) speaks of pi(y|x). Only tokens that the policy chose are *scored*; prompts,
+# bridges and padding are not.
 
 
 def astarpo_loss(
@@ -599,20 +594,18 @@ LOGITS_AT_A_TIME = 2**26  # in float32: 256 MiB a copy
 
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row:
-    `score_tokens(policy.model, ...)`. (`method` serves fsdp and recomputing.)"""
+    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row.
+    (`method` calls `score_tokens` so that large models and several devices work, too.)"""
     with policy.active(), method(policy.model, score_tokens) as score:
         return score(ids, scored, temperature)
 
 
 def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) -> Tensor:
-    """What `token_logps` asks the model for. The logits at place t - 1 predict token t.
+    """What `token_logps` asks the model for. The logits at place t - 1 predict token t. No mask is
+    needed: attention looks back only, and the padding comes last.
 
-    No mask is needed: attention looks back only, and the padding comes last.
-
-    The large matrix product with the vocabulary is done for the scored places only, and in pieces
-    whose float32 logits are thrown away and computed again in the backward pass: with a vocabulary
-    of 152,000 they would not all fit at once.
+    With a vocabulary of 152,000 the logits of all places would not fit into memory. So they are
+    computed for the scored places only, in pieces, and again in the backward pass.
     """
     hidden = model.get_decoder()(input_ids=ids, use_cache=False)  # all but the last matrix
     hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
@@ -735,7 +728,7 @@ def next_role(dialogue: Dialogue) -> str | None:
 
 
 def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
-    """Add the bridge to the next turn; all dialogues stand at the same one. Solve needs none."""
+    """Add the bridge to the next turn, the same one in all. (Solve's request is in ids already.)"""
     role = next_role(dialogues[0])
     if role != "solve":
         request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
@@ -745,12 +738,11 @@ def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
 
 
 def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
-    """Let the policy write the next turn of each dialogue, and read off its answer or verdict. (It
-    reads the whole dialogue again: keeping the cache saves little time for many lines.)"""
+    """Let the policy write the next turn of each dialogue, and read off its answer or verdict."""
     counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
     index, which, turn_no = np.array(counters).T[:, :, None]  # each (B, 1); L positions below
     u = uniform(config.seed, step, index, which, turn_no, np.arange(config.max_new_tokens))
-    responses = sample(policy, [dialogue.ids for dialogue in dialogues], u, config)
+    responses = sample(policy, [d.ids for d in dialogues], u, config)  # reads each anew
     add_turns(policy, dialogues, responses)
 
 
@@ -776,10 +768,10 @@ def rollout(
     step: int,
     turns: int | None = None,
 ) -> list[Dialogue]:
-    """Play dialogues to their end (or to so many turns), turn by turn; all of them, in order.
+    """Play dialogues, turn by turn, to their end or to so many turns. Returns all, in order.
 
     step: which rollout this is, for the random numbers (0: stage 1; s + 1: training step s; -1:
-    evaluation). With one process `deal`, `gathered` and `collect` do nothing; with several, they
+    evaluation). `deal`, `gathered` and `collect` do nothing with one process; with several, they
     deal out the dialogues, put fsdp's slices of the weights together, and give all to all.
     """
     mine = deal(dialogues)
@@ -791,15 +783,15 @@ def rollout(
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
                 play_turn(policy, [going[i] for i in batch], config, step)
     for dialogue in mine:
-        pay(dialogue, config)
+        pay(dialogue, config)  # gives each turn its reward; section 15 lets it give more
     return collect(mine, len(dialogues))
 
 
 # --- 10. Training ---------------------------------------------------------------------------------
 # Stage 1 plays N dialogues about each problem with the reference and keeps Vhat for each (problem,
 # role). The solve and verify turns have N samples; a revision comes only after a check that did not
-# say "correct", so its Vhat often rests on one sample or two. If none of the N was revised, the role
-# gets the value of all samples of that role, over all problems: section 8 says why that is harmless.
+# say "correct", so its Vhat often rests on one sample or two. Where there is none, Vhat is that of
+# all revisions of all problems (or 0, if there are none at all): section 8 says why that will do.
 # Stage 2 plays one dialogue a problem with the present policy and takes a gradient step on (6).
 # `Run`, in the appendix, is the run's folder: it keeps and prints what happens, and brings it back
 # after a kill.
@@ -888,16 +880,16 @@ class Learner:
 
 
 def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> dict[str, float]:
-    """One gradient step on (6), a mean over all turns of all dialogues. Returns what was seen.
+    """One gradient step on (6), a mean over all turns of all dialogues. Returns the metrics.
 
-    The dialogues are taken in micro-batches that fit into memory; their gradients add up, each
-    weighted by its share of the turns, so that the sum does not depend on how they were cut. (With
-    several processes `my_share` has the micro-batches of this one, and the gradients are summed.)
+    `my_share` cuts the dialogues into micro-batches that fit into memory and, of several processes,
+    gives each its own. Their gradients add up, each weighted by its share of the turns, so that the
+    sum does not depend on the cut.
     """
     policy, ref, optimizer = learner.policy, learner.ref, learner.optimizer
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
     seen: dict[str, float] = defaultdict(float)
-    for part, weight in my_share(dialogues, config.update_tokens):  # 0: keeps in step
+    for part, weight in my_share(dialogues, config.update_tokens):  # weight 1 (0: see there)
         batch = collate(part, learner.v_star, policy.device)
         inputs = (batch.ids, batch.scored, config.temperature)
         with torch.no_grad():
@@ -917,7 +909,7 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
         seen["entropy"] -= token_logp.sum().item() * weight
         seen["v_star"] += weight * batch.v_star.sum().item() / n_turns
         seen["tokens"] += len(token_logp) * weight
-    seen = sum_over_processes(policy.model, seen)  # and the gradients
+    seen = sum_over_processes(policy.model, seen)  # and adds up the gradients
     seen["entropy"] /= seen.pop("tokens")
     policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
@@ -943,10 +935,8 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
-    """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary.
-
-    resume: go on with the unfinished run in config.out.
-    """
+    """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary. `resume`
+    goes on with the unfinished run in config.out."""
     with Run(config, resume) as run:
         config = run.config  # with a temperature, if none was given
         policy = load_policy(config)
@@ -965,17 +955,18 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             weights = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
         learner = Learner(policy, ref, v_star, optimizer)
-        learn_value(learner, dialogues, config)  # Part II; for A*-PO as it is, nothing
+        learn_value(learner, dialogues, config)  # section 13; for A*-PO as it is, nothing
         for step in run.steps(learner):  # from 0, or from where the run was interrupted
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             chosen = batch_of_step(problems, step, config.batch_size // config.group, config.seed)
-            # Numbered by place: a problem that comes twice in a batch gets two dialogues.
+            # Numbered by place: a problem that comes twice in a batch gets two dialogues. (group:
+            # section 12; for A*-PO 1.)
             asked = [p for p in chosen for _ in range(config.group)]
             fresh = [Dialogue(p, [*policy.prompt_ids(p)], i) for i, p in enumerate(asked)]
             with run.timed("sampling"):
                 dialogues = rollout(policy, fresh, config, step + 1)
             with run.timed("updating"):
-                look_ahead(learner, dialogues, config)  # likewise
+                look_ahead(learner, dialogues, config)  # section 12; likewise
                 size = math.ceil(len(dialogues) / config.minibatches)
                 parts = [dialogues[i : i + size] for i in range(0, len(dialogues), size)]
                 seen = [update(learner, part, config) for part in parts]
@@ -985,14 +976,14 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
-# Dialogues as in training, but on problems that were never trained on, greedily (temperature 0)
-# unless `eval --temperature` says otherwise. Accuracy is measured twice: acc_t1 of the first
+# Dialogues as in training, but about problems that were never trained on, and greedily (temperature
+# 0) unless `eval --temperature` says otherwise. There are two accuracies: acc_t1 of the first
 # attempt, acc_final of the last one. The difference is what checking was worth. A verifier that
-# always says "correct" is right as often as the solver is, so we look at its *balanced* accuracy: the
-# mean of how often it is right about right attempts and about wrong ones. A coin has 0.5, and so has
-# any constant verdict. A trained policy makes few mistakes, and its own attempts leave little to be
-# judged; so the verify turn is also scored on a fixed pool that lies beside the data: attempts of the
-# shipped base, half of them right, half wrong (`evaluate_pool`). `summarize` counts.
+# always says "correct" is right as often as the solver is. So we look at its *balanced* accuracy,
+# the mean of how often it is right about right attempts and about wrong ones: a coin and any
+# constant verdict have 0.5. A trained policy makes few mistakes that it could find, so it also
+# checks a fixed pool of the shipped base's attempts, half of them wrong (`evaluate_pool`).
+# `summarize` counts.
 
 Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
 
@@ -1012,33 +1003,31 @@ def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config)
 # ==================================================================================================
 
 # --- 12. Other losses -----------------------------------------------------------------------------
-# What does (6) replace? `--loss` puts another loss in its place, on the same dialogues. None of them
+# What does (6) replace? `--loss` puts another loss in its place, on the same dialogues. Only ppo
 # needs stage 1: with --num-samples 0 the baseline is the batch's mean reward of the role.
 #
-# pg, REINFORCE (Williams 1992) with a price on the KL. Let L be a response's log-ratio and A its
+# pg is REINFORCE (Williams 1992) with a price on the KL. Let L be a response's log-ratio and A its
 # advantage, multiply (6) out and divide it by 2 * beta2:
 #
 #     (6) / (2 * beta2)  =  -A * L  +  beta2/2 * L^2  +  A^2 / (2 * beta2)
 #
-# The last term does not depend on pi, and in the first L differs from log pi by a constant: so A*-PO
-# *is* a policy gradient, with Vhat as its baseline and a squared log-ratio as its price. (A square,
-# since the gradient of a sampled L is zero on average, as we saw in section 8, and says nothing; that
-# of L^2/2 is L * grad log pi, on average the gradient of the KL.)
+# The last term does not depend on pi, and L differs from log pi by a constant. So A*-PO *is* a
+# policy gradient, with Vhat as its baseline and L^2 as its price. (Why a square? On average the
+# gradient of L is zero, by section 8; that of L^2/2 is L * grad log pi, on average the KL's.)
 #
-# grpo (Shao et al. 2024, arXiv 2402.03300): --group G dialogues about each of batch/G problems. The
-# advantage is r less the group's mean, divided by the group's deviation: rare successes become loud;
-# a response counts as the mean of its tokens: those of short ones become loud. The ratio pi/pi_old is
-# clipped, so that an old response cannot push for ever. With one update a batch pi_old is pi, the
-# ratio is 1 and nothing is clipped: what is left is a policy gradient.
+# grpo (Shao et al. 2024, arXiv 2402.03300) plays --group G > 1 dialogues about a problem. The
+# advantage is r less the group's mean, over its standard deviation: rare outcomes count for more. A
+# response is the mean of its tokens: those of a short one count for more. Clipping the ratio of pi
+# to the policy that sampled keeps a response from pushing far; with one update a batch the ratio is
+# 1, and this is a policy gradient, too.
 #
-# ppo (Schulman et al. 2017): each token has an advantage of its own, by GAE (Schulman et al. 2016):
-# how much better does the end look after this token? That says a learned value (section 13), fitted
-# once, on stage 1; PPO's own is trained along. The bonus for entropy is a square, as above.
+# ppo (Schulman et al. 2017) gives each token its own advantage: how much better does the end look
+# after it? GAE (Schulman et al. 2016) reads that off a learned value (section 13), fitted once, on
+# stage 1; PPO trains its own along. The bonus for entropy is a square, for pg's reason.
 #
-# awr (Peng et al. 2019): no reward's gradient but imitation. If pi* weighs a response by exp(A/beta),
-# as (2) says, let the policy imitate its own responses with these weights.
+# awr (Peng et al. 2019) imitates the policy's own responses, weighted by exp(A/beta) as in (2).
 
-CLIP, LAMBDA, ENTROPY = 0.2, 0.95, 1e-3  # PPO's clip, GAE's lambda, the weight of the bonus
+CLIP, LAMBDA, ENTROPY = 0.2, 0.95, 1e-3  # PPO's clip, GAE's lambda, the entropy bonus's weight
 
 
 @dataclass
@@ -1047,9 +1036,9 @@ class Evidence:
 
     turn: Tensor  # (M,) which turn a token belongs to, 0 .. n - 1
     logp: Tensor  # (M,) log pi, now
-    old: Tensor  # (M,) when sampled
     ref: Tensor  # (M,) log pi_ref
-    advantage: Tensor  # (M,) the token's; but for ppo that of its turn
+    old: Tensor  # (M,) log pi before the batch's first update
+    advantage: Tensor  # (M,) its turn's; for ppo the token's own
 
     def sums(self, numbers: Tensor) -> Tensor:
         """(M,) -> (n,): the sum over each turn's tokens."""
@@ -1057,7 +1046,7 @@ class Evidence:
 
 
 def pg_loss(e: Evidence, config: Config) -> Tensor:
-    """-A * log pi + beta2/2 * L^2, a mean over turns: the gradient of (6) / (2 * beta2)."""
+    """-A * log pi + beta2/2 * L^2, a mean over turns. Its gradient is (6)'s over 2 * beta2."""
     log_ratio = e.sums(e.logp - e.ref)
     return (config.beta2 / 2 * log_ratio.square() - e.sums(e.advantage * e.logp)).mean()
 
@@ -1066,8 +1055,7 @@ def clipped(e: Evidence, config: Config) -> Tensor:
     """(M,) -min(ratio * A, clip(ratio) * A), and beta2 times an estimate of the KL that is never
     negative (Schulman's k3: 1/q - 1 + log q for q = pi/pi_ref)."""
     ratio, back = (e.logp - e.old).exp(), e.ref - e.logp
-    bound = ratio.clamp(1 - CLIP, 1 + CLIP)
-    gain = torch.minimum(ratio * e.advantage, bound * e.advantage)
+    gain = torch.minimum(ratio * e.advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * e.advantage)
     return config.beta2 * (back.exp() - 1 - back) - gain
 
 
@@ -1077,13 +1065,12 @@ def grpo_loss(e: Evidence, config: Config) -> Tensor:
 
 
 def ppo_loss(e: Evidence, config: Config) -> Tensor:
-    """PPO's equation (9), without its value: clipped, with a bonus for entropy."""
+    """PPO's equation (9), without the value's loss: clipped, with a bonus for entropy."""
     return e.sums(clipped(e, config) + ENTROPY / 2 * e.logp.square()).mean()
 
 
 def awr_loss(e: Evidence, config: Config) -> Tensor:
-    """log pi of each response, weighted (`look_ahead` has put exp(A/beta1), normalised over the
-    batch, where the advantage stood)."""
+    """log pi, weighted: `look_ahead` puts exp(A/beta1), normalised, where the advantage stood."""
     return -e.sums(e.advantage * e.logp).mean()
 
 
@@ -1093,17 +1080,14 @@ LOSSES = {"pg": pg_loss, "grpo": grpo_loss, "ppo": ppo_loss, "awr": awr_loss}
 def neighbour_loss(
     learner: Learner, dialogues: Sequence[Dialogue], tokens: Sequence[Tensor], config: Config
 ) -> Tensor:
-    """The loss that --loss names, of some dialogues. tokens: turn, log pi, log pi_ref (M,)."""
-    turn, logp, ref_logp = tokens
-    notes = [learner.notes[id(turn)] for dialogue in dialogues for turn in dialogue.turns]
-    advantage = torch.cat([advantage for advantage, _ in notes])
-    old = torch.cat([old for _, old in notes]) if config.minibatches > 1 else logp.detach()
-    return LOSSES[config.loss](Evidence(turn, logp, old, ref_logp, advantage), config)
+    """The loss that --loss names, of some dialogues. tokens: Evidence's first three."""
+    advantage, old = zip(*(learner.notes[id(turn)] for d in dialogues for turn in d.turns))
+    old = torch.cat(old) if config.minibatches > 1 else tokens[1].detach()
+    return LOSSES[config.loss](Evidence(*tokens, old, torch.cat(advantage)), config)
 
 
 def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
-    """Generalised advantage estimation. values (T,): V before each token -> A of each token (T,).
-
+    """Generalised advantage estimation: values (T,), V before each token -> A of each token (T,).
     A_t = sum_l lam^l * delta_{t+l} with delta_t = V_{t+1} - V_t, where the reward is the last V.
 
     >>> gae(torch.tensor([0.5, 0.25]), 1.0, lam=0.5)  # first -0.25, then 0.75
@@ -1116,8 +1100,8 @@ def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
 
 
 def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> None:
-    """Before a batch's first update: its mean reward as the baseline where there was no stage 1, and
-    what other losses must know of the whole batch. For A*-PO as it is: nothing."""
+    """Before a batch's first update: its mean reward as baseline where there was no stage 1, and
+    for the other losses each turn's advantages and, where pi will move on, its old log pi."""
     policy, turns = learner.policy, [(d, turn) for d in dialogues for turn in d.turns]
     if not config.num_samples:
         paid = {r: mean(t.reward for _, t in turns if t.role == r) for r in ROLES}
@@ -1132,35 +1116,34 @@ def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) 
             gains[group] = (gains[group] - gains[group].mean()) / spread
     if config.loss == "awr":
         gains = (gains / config.beta1).softmax(0) * len(gains)
-    advantage = [gain.expand(t.end - t.start) for gain, (_, t) in zip(gains, turns)]
+    lengths = [turn.end - turn.start for _, turn in turns]
+    advantage = [gain.expand(length) for gain, length in zip(gains, lengths)]
     if config.loss == "ppo":
         texts = [d.ids for d in dialogues]
         chances = think(learner.ref, texts, config, lambda i, s: learner.value(s).sigmoid())
         places = [(p, turn) for p, d in zip(chances, dialogues) for turn in d.turns]
         advantage = [gae(p[t.start - 1 : t.end - 1], t.reward) for p, t in places]
-    old: list[Tensor | None] = [None] * len(turns)
+    old: Sequence[Tensor | None] = [None] * len(turns)
     if config.minibatches > 1:  # from the second update on, pi is not what it was
         parts = [collate([d], learner.v_star, policy.device) for d in dialogues]
         with torch.no_grad():
             logps = [token_logps(policy, b.ids, b.scored, config.temperature) for b in parts]
-        old = [x for p, b in zip(logps, parts) for x in p.split(b.turn.bincount().tolist())]
-    notes = zip(turns, advantage, old)
-    learner.notes = {id(turn): (a.to(policy.device), logp) for (_, turn), a, logp in notes}
+        old = torch.cat(logps).split(lengths)
+    learner.notes = {id(t): (a.to(policy.device), o) for (_, t), a, o in zip(turns, advantage, old)}
 
 
 # --- 13. A learned value --------------------------------------------------------------------------
-# Vhat(x) is a number a problem, and knows nothing of a response half written. A *value function*
-# does: V*(x, y_<t), the best that can still be reached from here. Critics such as PPO's learn the
-# mean instead, what will be reached on average. For rewards 0 and 1 both follow from one probability,
-# p = 'a response of the reference that begins like this ends right':
+# Vhat(x) is one number for a problem. A *value function* V*(x, y_<t) also knows the tokens y_<t
+# written so far: it says the best that can still be reached. (PPO's critic learns the mean: what
+# will be reached on average.) For rewards 0 and 1 both follow from p, the probability that a
+# response of the reference that begins like this ends right:
 #
 #     mean: p        soft: V* = beta * log( 1 - p + p * e^(1/beta) )       ((3), with two outcomes)
 #
-# and p is a logistic regression: a small network over what the reference thinks at that place (its
-# last hidden state), fitted to stage 1's dialogues, a fifth of the problems held out to tell when to
-# stop. It can judge problems that nobody sampled; Vhat has N samples of the very problem. It forgets
-# that the policy moves on: it stays the value of the *reference*. (A revision may earn 2 or -1: here
-# its value is its chance to be right.)
+# A small network guesses p from the reference's last hidden state. It is fitted to stage 1's
+# dialogues, but for a fifth of the problems, which tell when to stop. It can judge problems that
+# nobody sampled; but N samples of the very problem say more, and it stays the value of the
+# *reference* while the policy moves on. (A revision may earn 2 or -1: its p is that it is right.)
 
 PLACES = 16  # of a turn that are fitted: a long turn counts as much as a short one
 
@@ -1190,16 +1173,15 @@ def think(
 
 
 def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> torch.nn.Module:
-    """Fit p to the reference's dialogues. Returns its logit as a function of hidden states:
-    (..., width) -> (...). Prints how good it is at solve turns of the problems held out, as a guess
-    (AUC) and, as V*, for a baseline (R^2: the share of the reward's variance that it takes away)."""
+    """Fit p to the reference's dialogues; returns its logit: hidden states (..., width) -> (...).
+    Prints, of solve turns held out, the AUC of p and the share R^2 of variance that V* removes."""
     if len({d.problem.index % 5 == 0 for d in dialogues}) < 2:
         raise UsageError("a learned value needs stage 1 (--num-samples) on five problems or more")
     turns = [(d, turn) for d in dialogues for turn in d.turns]
     ends = [np.array([(t.start - 1, t.end - 1) for t in d.turns]).T for d in dialogues]
     places = [np.linspace(*end, PLACES, axis=1).astype(int) for end in ends]
-    texts = [d.ids for d in dialogues]
-    x = torch.cat(think(ref, texts, config, lambda i, s: s[places[i]]))  # (turns, PLACES, width)
+    states = think(ref, [d.ids for d in dialogues], config, lambda i, s: s[places[i]])
+    x = torch.cat(states)  # (turns, PLACES, width)
     right = [reward for d in dialogues for reward in d.rewards(alpha=0)]
     y = torch.tensor(right, device=x.device)[:, None].expand(-1, PLACES)
     held = torch.tensor([d.problem.index % 5 == 0 for d, _ in turns], device=x.device)
@@ -1207,16 +1189,13 @@ def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> tor
     layers = (torch.nn.Linear(x.shape[2], 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
     value = torch.nn.Sequential(*layers, torch.nn.Flatten(-2)).to(x.device)
     optimizer = torch.optim.Adam(value.parameters(), lr=1e-3)
-
-    def loss(rows: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(value(x[rows]), y[rows])
-
+    loss = F.binary_cross_entropy_with_logits
     best, weights, train = math.inf, {}, (~held).nonzero()[:, 0]
-    while (now := loss(held).item()) < best:  # until it gets worse
+    while (now := loss(value(x[held]), y[held]).item()) < best:  # until it gets worse
         best, weights = now, copy.deepcopy(value.state_dict())
         for rows in train[torch.randperm(len(train))].split(64):
             optimizer.zero_grad()
-            loss(rows).backward()
+            loss(value(x[rows]), y[rows]).backward()
             optimizer.step()
     value.load_state_dict(weights)
     judged = held & torch.tensor([t.role == "solve" for _, t in turns], device=x.device)
@@ -1245,20 +1224,19 @@ def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config)
 
 
 # --- 14. Best-first search: the other A* ----------------------------------------------------------
-# A* search (Hart, Nilsson and Raphael 1968) keeps a queue of half-finished ways, and always goes on
-# with the one whose f = g + h is best: g for what lies behind, h for the best that can still come. The
-# two A* are one if g = log pi_ref(y_<t | x) and h = V*(x, y_<t) / beta:
+# A* search (Hart, Nilsson and Raphael 1968) keeps a queue of unfinished paths and always extends
+# the one with the best f = g + h: g for what lies behind, h for the best that can still come. Let g
+# be log pi_ref(y_<t | x) and h be V*(x, y_<t) / beta (beta1 here), and the two A* meet:
 #
-# * V* of a prefix and a token, less V* of the prefix, is the token's optimal advantage; its sum over
-#   a response is (4). So f = log pi*(y_<t | x) + V*(x)/beta: what pi* thinks of the prefix.
-# * V* is a log-sum-exp over all that may follow, and at least its largest term: h never promises
+# * A token's optimal advantage is V* after it less V* before it; their sum over a response is (4).
+#   So f = log pi*(y_<t | x) + V*(x)/beta: what pi* thinks of the prefix.
+# * h is a log-sum-exp over all that may follow, and at least its largest term: it never promises
 #   less than can still come (it is *admissible*), and f never rises along the way (*consistent*).
 # * So the first complete response at the head of the queue is the likeliest one of pi*.
 #
-# Search reads off, without training and at a price a problem, the policy that A*-PO trains; with a
-# fitted value there is only the hope. One node is opened at a time in each problem: who accepts a
-# complete response that is only second in its queue accepts blurting. (Training never searches: (6)
-# speaks of what the policy drew itself; section 8.)
+# This takes no training, but time for each problem; and with a fitted value nothing is certain. A
+# complete response that is only second in its queue must wait, or short ones would win. (Training
+# never searches: (6) speaks of what the policy drew itself; section 8.)
 
 BRANCH, QUEUE = 4, 256  # tokens that are tried after a prefix, prefixes that are kept
 
@@ -1276,11 +1254,8 @@ class Prefix(NamedTuple):
 def best_first(
     look: Callable[..., Any], prompts: list[list[int]], ends: Sequence[int], config: Config
 ) -> list[list[int]]:
-    """For each prompt the first complete response at the head of its queue; after --search openings
-    the best complete one in it, or what there is.
-
-    look: texts -> their likeliest next tokens (n, K), log pi_ref of these (n, K), and h (n,).
-    """
+    """For each prompt the first complete response at the head of its queue, or the best that there
+    is after --search openings. look: texts -> their likeliest next tokens, log pi_ref, and h."""
     queues: list[list[Prefix]] = [[] for _ in prompts]
     numbers, opened, singles = itertools.count(), 0, [[end] for end in ends]
 
@@ -1289,8 +1264,7 @@ def best_first(
         for (i, response, g), tokens, logps, h in zip(nodes, *(t.tolist() for t in found)):
             complete = len(response) == config.max_new_tokens or response[-1:] in singles
             longer = [([*response, token], g + logp) for token, logp in zip(tokens, logps)]
-            node = Prefix(-(g + h), next(numbers), response, complete, longer)
-            heapq.heappush(queues[i], node)
+            heapq.heappush(queues[i], Prefix(-(g + h), next(numbers), response, complete, longer))
 
     push([(i, [], 0.0) for i in range(len(prompts))])
     for _ in range(config.search):
@@ -1304,11 +1278,9 @@ def best_first(
 
 
 def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
-    """--search: stage 1 on the training problems, a value fitted to it, and the solve turn of each
-    dialogue by best-first search. Further turns are played as always."""
-    problems = load_problems(policy, config, "train")
+    """--search: fit a value to a stage 1 of this policy; with it, search for each solve turn."""
     drawn = dataclasses.replace(config, temperature=1.0, top_p=1.0, revisions=0)
-    wanted = n_dialogues(policy, problems, config.num_samples)
+    wanted = n_dialogues(policy, load_problems(policy, config, "train"), config.num_samples)
     played = [d for part in rollouts(policy, wanted, drawn, 0, "stage 1") for d in part]
     value, head = fit_value(policy, played, config), policy.model.get_output_embeddings()
 
@@ -1324,13 +1296,12 @@ def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
 
 
 # --- 15. Shaped rewards ---------------------------------------------------------------------------
-# Section 4's warning, to be tried: whatever is paid for is what will be had. (What each of the two
-# options did to length and accuracy is in the README.)
+# Section 4's warning, to be tried: the policy learns whatever is paid for.
 
 
 def pay(dialogue: Dialogue, config: Config) -> None:
-    """Give each turn its reward, and what is paid besides: --format-reward for an answer that can be
-    read, less --length-penalty for each token beyond half of --max-new-tokens."""
+    """Give each turn its reward, plus --format-reward for an answer that can be read, less
+    --length-penalty for each token beyond half of --max-new-tokens."""
     for turn, reward in zip(dialogue.turns, dialogue.rewards(config.alpha)):
         over = max(0, turn.end - turn.start - config.max_new_tokens // 2)
         bonus = config.format_reward * (turn.answer is not None)
