@@ -1370,8 +1370,10 @@ def check_options(config: Config, command: str) -> Config:
         raise UsageError(f"--v-star {config.v_star}: no such file")
     if config.log_to != "none" and not importlib.util.find_spec(config.log_to):
         raise UsageError(f"--log-to {config.log_to}: pip install {config.log_to}")
-    if config.batch_size % config.group:
-        raise UsageError(f"--batch-size must be a multiple of --group {config.group}")
+    if config.batch_size % config.group or config.group == 1 and config.loss == "grpo":
+        raise UsageError(
+            "--batch-size must be a multiple of --group, which GRPO needs (as --group 8)"
+        )
     if command == "train" and config.temperature == 0:
         raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
     if config.parallel == "fsdp" and config.lora:
