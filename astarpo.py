@@ -2242,7 +2242,7 @@ def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines, told: set
     """What the reference can do: the distribution of Vhat, and how many problems can teach."""
     solved = scores(dialogues)[:, 0]  # of N samples, for each problem
     values = {role: [v for (_, r), v in v_star.items() if r == role] for role in ROLES}
-    counts, tenths = np.histogram(values["solve"], bins=10, range=(0, 1))
+    counts, tenths = np.histogram(np.clip(values["solve"], 0, 1), bins=10, range=(0, 1))
     print(f"V* of {len(solved)} problems, solve role:")
     for low, count in zip(tenths, counts):
         bar = "#" * math.ceil(50 * count / max(counts))
@@ -2541,9 +2541,8 @@ def plot(folders: Sequence[Path], out: Path) -> None:
         second.set_ylabel("KL to the reference\n(nats a turn, red)")
         shades = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.1, len(v_star)))
         if v_star:  # else there was no stage 1
-            axes[5].hist(
-                [*v_star.values()], range=(0, 1), stacked=True, color=shades, label=[*v_star]
-            )
+            values = [np.clip(level, 0, 1) for level in v_star.values()]  # rewards may be shaped
+            axes[5].hist(values, range=(0, 1), stacked=True, color=shades, label=[*v_star])
         axes[5].set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
         axes[5].legend(title="level")
         if len(groups) > 1:
