@@ -1001,8 +1001,7 @@ def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config)
     """Dialogues about held-out problems, K of each unless greedy."""
     k = config.samples if config.temperature > 0 else 1
     wanted = n_dialogues(policy, problems, k)
-    if config.search:  # the first turn by best-first search, Part II
-        find(policy, wanted, config)
+    find(policy, wanted, config)  # --search: the first turn by best-first search, Part II
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
     return {**summarize(dialogues, k), **evaluate_pool(policy, config)}, dialogues
 
@@ -1306,6 +1305,8 @@ def best_first(
 def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
     """--search: stage 1 on the training problems, a value fitted to it, and the solve turn of each
     dialogue by best-first search. Further turns are played as always."""
+    if not config.search:
+        return
     problems = load_problems(policy, config, "train")
     drawn = dataclasses.replace(config, temperature=1.0, top_p=1.0, revisions=0)
     wanted = n_dialogues(policy, problems, config.num_samples)
@@ -3090,7 +3091,9 @@ def solve(config: Config, problem: str) -> Dialogue:
     policy, asked = load_policy(config), Problem(0, problem, "")
     prompt = policy.prompt_ids(asked)
     check_context(policy, dataclasses.replace(config, max_prompt_tokens=len(prompt)))
-    dialogue = rollout(policy, [Dialogue(asked, [*prompt])], config, -1)[0]
+    wanted = [Dialogue(asked, [*prompt])]
+    find(policy, wanted, config)
+    dialogue = rollout(policy, wanted, config, -1)[0]
     print_dialogue(dialogue)
     return dialogue
 

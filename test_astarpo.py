@@ -1292,6 +1292,8 @@ def test_eval_finds_answers_by_search(tmp_path, capsys):
     assert 1 <= float(re.search(r"search: ([\d.]+) prefixes", said)[1]) <= 30
     summary = json.loads((tmp_path / "found" / "eval_summary.json").read_text())
     assert summary["acc_t1"] > 0.5  # the base itself has 0.3
+    found = told(capsys, "solve", "What is 47 * 36?", "--search", 30, *options[:2], *options[4:-2])
+    assert "prefixes" in found and "1692" in found
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
