@@ -2773,7 +2773,8 @@ class Run(contextlib.AbstractContextManager):
                 self.metrics, self.evaluations = state["metrics"], state["evaluations"]
             print(f"going on after step {len(self.metrics)}")
             saved = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-            set_state_dict(learner.policy.model, learner.optimizer, **saved, options=WHOLE)
+            with learner.policy.active():  # LoRA: adapters that are switched off count as frozen
+                set_state_dict(learner.policy.model, learner.optimizer, **saved, options=WHOLE)
             learner.policy.scaler.load_state_dict(state["scaler"])
         write_rows(self.folder / "metrics.jsonl", self.metrics)
         if self.config.eval_every:
@@ -3011,6 +3012,8 @@ def deal_out(policy: Policy, ref: Policy, config: Config) -> None:
         fully_shard(model, mesh=mesh)  # the rest, with the (often tied) embeddings
         model.score_tokens = types.MethodType(score_tokens, model)
         register_fsdp_forward_method(model, "score_tokens")
+        with torch.no_grad():  # fsdp wants the first pass to be that of the whole, not of a layer
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device))
 
 
 @contextlib.contextmanager

@@ -1663,7 +1663,7 @@ def short_run(folder: Path, moment: int = 0, *options: str) -> None:
         sys.exit(A.main(["train", "--resume", str(folder)]))
     small = "--steps 5 --batch-size 3 --minibatches 2 --train-limit 6 --eval-limit 6 "
     small += "--num-samples 2 --max-new-tokens 10 --update-tokens 1 --threads 1 --lr 1e-3 "
-    small += "--save-every 2 --eval-every 2 --out"
+    small += "--save-every 2 --eval-every 2 --baseline value --out"
     sys.exit(A.main(["train", *options, *small.split(), str(folder)]))
 
 
@@ -1810,7 +1810,8 @@ def test_of_two_runs_that_want_one_folder_the_second_is_refused_after_the_loadin
 
 def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, problems, tmp_path):
     pytest.importorskip("peft")  # an optional package
-    run, config = tmp_path / "run", quick(lora=4, lr=1e-2, max_new_tokens=24)
+    config = quick(lora=4, lr=1e-2, max_new_tokens=24, baseline="value")
+    run = tmp_path / "run"
     A.train(dataclasses.replace(config, out=str(run)))
     assert [m["kl"] == 0 for m in numbers_of(run)] == [True, False]
     policy, plain = A.load_policy(config), copy_of(base)
