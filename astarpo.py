@@ -2643,8 +2643,8 @@ class Run(contextlib.AbstractContextManager):
     def open_folder(self, about: dict[str, Any]) -> list[dict[str, Any]]:
         """What `begin` does on the disk. Returns the lines of stage 1 that are there."""
         path = self.stage_one if self.stage_one.exists() else Path(self.config.v_star)
-        head, *played = read_lines(path) or [self.mark]
-        if head != self.mark:
+        lines = read_lines(path) if path.is_file() else [self.mark]
+        if lines[:1] != [self.mark]:
             raise UsageError(
                 f"{path} was made with other weights, problems, sampling options or by another "
                 "version: put back what has changed, or begin a new run without --v-star"
@@ -2661,7 +2661,7 @@ class Run(contextlib.AbstractContextManager):
             raise UsageError(f"--resume: the run in {self.folder} is still going on") from error
         except (ImportError, OSError):  # Windows; a file system without locks
             pass
-        return played
+        return lines[1:]
 
     def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
         """Those of the wanted dialogues that have been played, in whole parts (a part is played
