@@ -1011,8 +1011,8 @@ def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config)
 # ==================================================================================================
 
 # --- 12. Other losses -----------------------------------------------------------------------------
-# What does (6) replace? `--loss` puts another loss in its place, on the same dialogues. None of them
-# needs stage 1: with --num-samples 0 the baseline is the batch's mean reward of the role.
+# What does (6) replace? `--loss` puts another loss in its place, on the same dialogues. Only ppo needs
+# stage 1: with --num-samples 0 the baseline is the batch's mean reward of the role.
 #
 # pg, REINFORCE (Williams 1992) with a price on the KL. Let L be a response's log-ratio and A its
 # advantage, multiply (6) out and divide it by 2 * beta2:
@@ -1402,6 +1402,11 @@ def check_options(config: Config, command: str) -> Config:
         raise UsageError(f"--log-to {config.log_to}: pip install {config.log_to}")
     if config.batch_size % config.group:
         raise UsageError(f"--batch-size must be a multiple of --group {config.group}")
+    if config.loss == "grpo" and config.group == 1:
+        raise UsageError("--loss grpo needs --group above 1: a group of one has no advantage")
+    learned = config.search or config.loss == "ppo" or config.baseline == "value"
+    if not config.num_samples and (learned or config.drop_unsolved):
+        raise UsageError("--num-samples 0 leaves out stage 1, which other options here need")
     if command == "train" and config.temperature == 0:
         raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
     if config.parallel == "fsdp" and config.lora:
