@@ -1179,11 +1179,12 @@ def think(
 ) -> list[Tensor]:
     """What keep(i, states) makes of the hidden states (T, width) after each token of text i."""
     kept: dict[int, Tensor] = {}
-    with policy.active(), gathered(policy.model):
+    with gathered(policy.model):
         for batch in token_batches([len(text) for text in texts], config.rollout_tokens // 4):
             rows = [torch.tensor(texts[i], device=policy.device) for i in batch]
             ids = pad_sequence(rows, batch_first=True)
-            states = policy.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            with policy.active():  # but `keep` computes in float32
+                states = policy.model.get_decoder()(input_ids=ids, use_cache=False)[0]
             kept |= {i: keep(i, s[: len(texts[i])].float()) for i, s in zip(batch, states)}
     return [kept[i] for i in range(len(texts))]
 
