@@ -2466,8 +2466,9 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         problem = to_problem(row, -1, place, Config())  # its columns are ours
         with trying(place):
             text, correct = row["attempt"], row["correct"]
+            written = encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
         prompt = policy.prompt_ids(problem)
-        ids = prompt + encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
+        ids = prompt + written
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
         attempts.append(Dialogue(problem, ids, turns=[turn]))
     greedy = dataclasses.replace(config, temperature=0.0)
@@ -2511,6 +2512,7 @@ def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour
     """A metric of each group of runs: raw points, the smoothed mean, the band of its seeds."""
     import pandas
 
+    label = metric
     for style, runs in zip(itertools.cycle(STYLES), groups.values()):
         columns = [
             pandas.Series({m["step"]: m.get(metric) for m in run}, dtype=float) for run in runs
@@ -2518,10 +2520,10 @@ def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour
         raw = pandas.concat(columns, axis=1)  # (steps, runs); nan where there is none
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
-        label = metric if style == STYLES[0] else "_"  # the colours are explained once
         axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)
         band = smooth.min(axis=1), smooth.max(axis=1)
         axis.fill_between(raw.index, *band, color=colour, alpha=0.2, lw=0)
+        label = "_"  # the colours are explained once
 
 
 def plot(folders: Sequence[Path], out: Path) -> None:
