@@ -1274,6 +1274,7 @@ NEIGHBOURS = {
     "ppo": {"loss": "ppo", "minibatches": 2},
     "awr": {"loss": "awr"},
     "value": {"baseline": "value"},
+    "shaped": {"format_reward": 3.0},  # no V* lies between 0 and 1
 }
 
 
