@@ -1255,10 +1255,10 @@ def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config)
 #   less than can still come (it is *admissible*), and f never rises along the way (*consistent*).
 # * So the first complete response at the head of the queue is the likeliest one of pi*.
 #
-# Search reads off, without training and at a price a problem, the policy that A*-PO trains; with a
-# fitted value there is only the hope. One node is opened at a time in each problem: who accepts a
-# complete response that is only second in its queue accepts blurting. (Training never searches: (6)
-# speaks of what the policy drew itself; section 8.)
+# Search reads off, without training and at a price a problem, what A*-PO trains a policy to write
+# (but for beta1: at beta2, h would drown g); with a fitted value there is only the hope. One node is
+# opened at a time in each problem: who accepts a complete response that is only second in its queue
+# accepts blurting. (Training never searches: (6) speaks of what the policy drew itself; section 8.)
 
 BRANCH, QUEUE = 4, 256  # tokens that are tried after a prefix, prefixes that are kept
 
@@ -2552,8 +2552,8 @@ def plot(folders: Sequence[Path], out: Path) -> None:
         if v_star:  # else there was no stage 1
             values = [np.clip(level, 0, 1) for level in v_star.values()]  # rewards may be shaped
             axes[5].hist(values, range=(0, 1), stacked=True, color=shades, label=[*v_star])
+            axes[5].legend(title="level")
         axes[5].set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
-        axes[5].legend(title="level")
         if len(groups) > 1:
             lines = [line for line in axes[0].lines if line.get_linestyle() != "None"]
             figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
