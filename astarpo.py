@@ -44,7 +44,7 @@ sample from pi* (it weighs every response by its reward), but take the logarithm
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
 The right side is the *optimal advantage*: the reward of this response less V*(x). (That is the A*
-in the name. It has nothing to do with A* search.) The left side is something that our policy can
+in the name. It is not A* search; section 14 brings them together.) The left side is something that our policy can
 compute for any response, with itself in the place of pi*. And V*(x) depends on the reference alone,
 so it can be known before training begins: (3) is a mean over *its* responses. So A*-PO is two
 stages; Vhat is our estimate of V*.
@@ -158,7 +158,7 @@ HERE = Path(__file__).resolve().parent
 # A run's options are the fields of Config: the command line, its help and config.json are all made
 # from this one list. beta1, beta2, N and alpha are the papers'. Steps, batch, lengths and learning
 # rate fit the small base model that comes with this file; the presets at the end of the file have
-# the values for a real one. Skip the second group at first.
+# the values for a real one. Skip the other two groups at first.
 
 
 def option(
@@ -1048,7 +1048,7 @@ class Evidence:
     logp: Tensor  # (M,) log pi, now
     old: Tensor  # (M,) when sampled
     ref: Tensor  # (M,) log pi_ref
-    advantage: Tensor  # (M,) the token's; but for ppo that of its turn
+    advantage: Tensor  # (M,) that of its turn, the same for each token; with ppo the token's own
 
     def sums(self, numbers: Tensor) -> Tensor:
         """(M,) -> (n,): the sum over each turn's tokens."""
@@ -2935,7 +2935,7 @@ def is_first() -> bool:
 
 def join_processes(device: str) -> None:
     """Under torchrun: meet the other processes. Only the first one prints."""
-    if "LOCAL_RANK" not in os.environ:
+    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
         return
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
