@@ -992,8 +992,7 @@ def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config)
     """Dialogues about held-out problems, K of each unless greedy."""
     k = config.samples if config.temperature > 0 else 1
     wanted = n_dialogues(policy, problems, k)
-    if config.search:  # the first turn by best-first search, Part II
-        find(policy, wanted, config)
+    find(policy, wanted, config)  # --search: the first turn by best-first search, Part II
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
     return {**summarize(dialogues, k), **evaluate_pool(policy, config)}, dialogues
 
@@ -1163,11 +1162,12 @@ def think(
 ) -> list[Tensor]:
     """What keep(i, states) makes of the hidden states (T, width) after each token of text i."""
     kept: dict[int, Tensor] = {}
-    with policy.active(), gathered(policy.model):
+    with gathered(policy.model):
         for batch in token_batches([len(text) for text in texts], config.rollout_tokens // 4):
             rows = [torch.tensor(texts[i], device=policy.device) for i in batch]
             ids = pad_sequence(rows, batch_first=True)
-            states = policy.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            with policy.active():  # but `keep` computes in float32
+                states = policy.model.get_decoder()(input_ids=ids, use_cache=False)[0]
             kept |= {i: keep(i, s[: len(texts[i])].float()) for i, s in zip(batch, states)}
     return [kept[i] for i in range(len(texts))]
 
@@ -1201,7 +1201,7 @@ def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> tor
     judged = held & torch.tensor([t.role == "solve" for _, t in turns], device=x.device)
     logit, truth = value(x[judged]).detach(), y[judged, 0]
     first, last = (auc(logit[:, place], truth) for place in (0, -1))
-    r2 = 1 - (truth - soft_value(logit[:, 0], config.beta1)).square().mean() / truth.var()
+    r2 = 1 - (truth - soft_value(logit[:, 0], config.beta1)).var() / truth.var()
     print(f"learned value: AUC {first:.2f} at the prompt, {last:.2f} at the end, R^2 {r2:.2f}")
     return value
 
@@ -1279,6 +1279,8 @@ def best_first(
 
 def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
     """--search: fit a value to a stage 1 of this policy; with it, search for each solve turn."""
+    if not config.search:
+        return
     drawn = dataclasses.replace(config, temperature=1.0, top_p=1.0, revisions=0)
     wanted = n_dialogues(policy, load_problems(policy, config, "train"), config.num_samples)
     played = [d for part in rollouts(policy, wanted, drawn, 0, "stage 1") for d in part]
@@ -1370,16 +1372,21 @@ def check_options(config: Config, command: str) -> Config:
         raise UsageError(f"--v-star {config.v_star}: no such file")
     if config.log_to != "none" and not importlib.util.find_spec(config.log_to):
         raise UsageError(f"--log-to {config.log_to}: pip install {config.log_to}")
-    if config.batch_size % config.group or config.group == 1 and config.loss == "grpo":
-        raise UsageError(
-            "--batch-size must be a multiple of --group, which GRPO needs (as --group 8)"
-        )
+    if config.batch_size % config.group:
+        raise UsageError(f"--batch-size must be a multiple of --group {config.group}")
+    if config.loss == "grpo" and config.group == 1:
+        raise UsageError("--loss grpo needs --group above 1: a group of one has no advantage")
+    learned = config.search or config.loss == "ppo" or config.baseline == "value"
+    if not config.num_samples and (learned or config.drop_unsolved):
+        raise UsageError("--num-samples 0 leaves out stage 1, which other options here need")
     if command == "train" and config.temperature == 0:
         raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
     if config.parallel == "fsdp" and config.lora:
         raise UsageError("--parallel fsdp does not go with --lora: use ddp")
-    if command != "train" and config.samples > 1 and config.temperature == 0:
-        raise UsageError("--samples above 1 needs --temperature above 0: greedy ones are all alike")
+    if command != "train" and config.samples > 1 and (config.temperature == 0 or config.search):
+        raise UsageError(
+            "--samples above 1 needs --temperature above 0 and no --search: else all agree"
+        )
     return config
 
 
@@ -2215,7 +2222,7 @@ def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines, told: set
     """What the reference can do: the distribution of Vhat, and how many problems can teach."""
     solved = scores(dialogues)[:, 0]  # of N samples, for each problem
     values = {role: [v for (_, r), v in v_star.items() if r == role] for role in ROLES}
-    counts, tenths = np.histogram(values["solve"], bins=10, range=(0, 1))
+    counts, tenths = np.histogram(np.clip(values["solve"], 0, 1), bins=10, range=(0, 1))
     print(f"V* of {len(solved)} problems, solve role:")
     for low, count in zip(tenths, counts):
         bar = "#" * math.ceil(50 * count / max(counts))
@@ -2432,8 +2439,9 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
         problem = to_problem(row, -1, place, Config())  # its columns are ours
         with trying(place):
             text, correct = row["attempt"], row["correct"]
+            written = encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
         prompt = policy.prompt_ids(problem)
-        ids = prompt + encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
+        ids = prompt + written
         turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
         attempts.append(Dialogue(problem, ids, turns=[turn]))
     greedy = dataclasses.replace(config, temperature=0.0)
@@ -2477,6 +2485,7 @@ def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour
     """A metric of each group of runs: raw points, the smoothed mean, the band of its seeds."""
     import pandas
 
+    label = metric
     for style, runs in zip(itertools.cycle(STYLES), groups.values()):
         columns = [
             pandas.Series({m["step"]: m.get(metric) for m in run}, dtype=float) for run in runs
@@ -2484,10 +2493,10 @@ def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour
         raw = pandas.concat(columns, axis=1)  # (steps, runs); nan where there is none
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
-        label = metric if style == STYLES[0] else "_"  # the colours are explained once
         axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)
         band = smooth.min(axis=1), smooth.max(axis=1)
         axis.fill_between(raw.index, *band, color=colour, alpha=0.2, lw=0)
+        label = "_"  # the colours are explained once
 
 
 def plot(folders: Sequence[Path], out: Path) -> None:
@@ -2514,11 +2523,10 @@ def plot(folders: Sequence[Path], out: Path) -> None:
         second.set_ylabel("KL to the reference\n(nats a turn, red)")
         shades = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.1, len(v_star)))
         if v_star:  # else there was no stage 1
-            axes[5].hist(
-                [*v_star.values()], range=(0, 1), stacked=True, color=shades, label=[*v_star]
-            )
+            values = [np.clip(level, 0, 1) for level in v_star.values()]  # rewards may be shaped
+            axes[5].hist(values, range=(0, 1), stacked=True, color=shades, label=[*v_star])
+            axes[5].legend(title="level")
         axes[5].set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
-        axes[5].legend(title="level")
         if len(groups) > 1:
             lines = [line for line in axes[0].lines if line.get_linestyle() != "None"]
             figure.legend(lines, [name[:140] for name in groups], loc="outside lower center")
@@ -2616,8 +2624,8 @@ class Run(contextlib.AbstractContextManager):
     def open_folder(self, about: dict[str, Any]) -> list[dict[str, Any]]:
         """What `begin` does on the disk. Returns the lines of stage 1 that are there."""
         path = self.stage_one if self.stage_one.exists() else Path(self.config.v_star)
-        head, *played = read_lines(path) or [self.mark]
-        if head != self.mark:
+        lines = read_lines(path) if path.is_file() else [self.mark]
+        if lines[:1] != [self.mark]:
             raise UsageError(
                 f"{path} was made with other weights, problems, sampling options or by another "
                 "version: put back what has changed, or begin a new run without --v-star"
@@ -2634,7 +2642,7 @@ class Run(contextlib.AbstractContextManager):
             raise UsageError(f"--resume: the run in {self.folder} is still going on") from error
         except (ImportError, OSError):  # Windows; a file system without locks
             pass
-        return played
+        return lines[1:]
 
     def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
         """Those of the wanted dialogues that have been played, in whole parts (a part is played
@@ -2746,7 +2754,8 @@ class Run(contextlib.AbstractContextManager):
                 self.metrics, self.evaluations = state["metrics"], state["evaluations"]
             print(f"going on after step {len(self.metrics)}")
             saved = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-            set_state_dict(learner.policy.model, learner.optimizer, **saved, options=WHOLE)
+            with learner.policy.active():  # LoRA: adapters that are switched off count as frozen
+                set_state_dict(learner.policy.model, learner.optimizer, **saved, options=WHOLE)
             learner.policy.scaler.load_state_dict(state["scaler"])
         write_rows(self.folder / "metrics.jsonl", self.metrics)
         if self.config.eval_every:
@@ -2899,7 +2908,7 @@ def is_first() -> bool:
 
 def join_processes(device: str) -> None:
     """Under torchrun: meet the other processes. Only the first one prints."""
-    if "LOCAL_RANK" not in os.environ:
+    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
         return
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
@@ -2984,6 +2993,8 @@ def deal_out(policy: Policy, ref: Policy, config: Config) -> None:
         fully_shard(model, mesh=mesh)  # the rest, with the (often tied) embeddings
         model.score_tokens = types.MethodType(score_tokens, model)
         register_fsdp_forward_method(model, "score_tokens")
+        with torch.no_grad():  # fsdp wants the first pass to be that of the whole, not of a layer
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device))
 
 
 @contextlib.contextmanager
@@ -3064,7 +3075,9 @@ def solve(config: Config, problem: str) -> Dialogue:
     policy, asked = load_policy(config), Problem(0, problem, "")
     prompt = policy.prompt_ids(asked)
     check_context(policy, dataclasses.replace(config, max_prompt_tokens=len(prompt)))
-    dialogue = rollout(policy, [Dialogue(asked, [*prompt])], config, -1)[0]
+    wanted = [Dialogue(asked, [*prompt])]
+    find(policy, wanted, config)
+    dialogue = rollout(policy, wanted, config, -1)[0]
     print_dialogue(dialogue)
     return dialogue
 

@@ -1278,6 +1278,7 @@ NEIGHBOURS = {
     "ppo": {"loss": "ppo", "minibatches": 2},
     "awr": {"loss": "awr"},
     "value": {"baseline": "value"},
+    "shaped": {"format_reward": 3.0},  # no V* lies between 0 and 1
 }
 
 
@@ -1296,6 +1297,8 @@ def test_eval_finds_answers_by_search(tmp_path, capsys):
     assert 1 <= float(re.search(r"search: ([\d.]+) prefixes", said)[1]) <= 30
     summary = json.loads((tmp_path / "found" / "eval_summary.json").read_text())
     assert summary["acc_t1"] > 0.5  # the base itself has 0.3
+    found = told(capsys, "solve", "What is 47 * 36?", "--search", 30, *options[:2], *options[4:-2])
+    assert "prefixes" in found and "1692" in found
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -1543,6 +1546,11 @@ BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
         ("train --device cuda:77", "cuda:77"),
         ("train --device abacus", "abacus"),
         ("train --v-star nowhere.jsonl", "no such file"),
+        (f"train --v-star {DATA / 'dashboard.png'}", "was made with other weights"),
+        ("train --loss grpo", "needs --group above 1"),
+        ("train --loss ppo --num-samples 0", "--num-samples 0 leaves out stage 1"),
+        ("train --drop-unsolved --num-samples 0", "--num-samples 0 leaves out stage 1"),
+        ("solve 1+1 --search 9 --num-samples 0", "--num-samples 0 leaves out stage 1"),
         ("train --log-to tensorboard", "pip install tensorboard"),
         ("train --parallel fsdp --lora 4", "use ddp"),
         ("train --max-new-tokens 5000", "the model's context has"),
@@ -1665,7 +1673,7 @@ def short_run(folder: Path, moment: int = 0, *options: str) -> None:
         sys.exit(A.main(["train", "--resume", str(folder)]))
     small = "--steps 5 --batch-size 3 --minibatches 2 --train-limit 6 --eval-limit 6 "
     small += "--num-samples 2 --max-new-tokens 10 --update-tokens 1 --threads 1 --lr 1e-3 "
-    small += "--save-every 2 --eval-every 2 --out"
+    small += "--save-every 2 --eval-every 2 --baseline value --out"
     sys.exit(A.main(["train", *options, *small.split(), str(folder)]))
 
 
@@ -1812,7 +1820,8 @@ def test_of_two_runs_that_want_one_folder_the_second_is_refused_after_the_loadin
 
 def test_lora_learns_beside_frozen_weights_that_remain_the_reference(base, problems, tmp_path):
     pytest.importorskip("peft")  # an optional package
-    run, config = tmp_path / "run", quick(lora=4, lr=1e-2, max_new_tokens=24)
+    config = quick(lora=4, lr=1e-2, max_new_tokens=24, baseline="value")
+    run = tmp_path / "run"
     A.train(dataclasses.replace(config, out=str(run)))
     assert [m["kl"] == 0 for m in numbers_of(run)] == [True, False]
     policy, plain = A.load_policy(config), copy_of(base)
