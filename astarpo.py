@@ -1190,9 +1190,12 @@ def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> tor
     value = torch.nn.Sequential(*layers, torch.nn.Flatten(-2)).to(x.device)
     optimizer = torch.optim.Adam(value.parameters(), lr=1e-3)
     loss = F.binary_cross_entropy_with_logits
-    best, weights, train = math.inf, {}, (~held).nonzero()[:, 0]
-    while (now := loss(value(x[held]), y[held]).item()) < best:  # until it gets worse
-        best, weights = now, copy.deepcopy(value.state_dict())
+    best, weights, worse, train = math.inf, {}, 0, (~held).nonzero()[:, 0]
+    while worse < 3:  # times in a row
+        now = loss(value(x[held]), y[held]).item()
+        worse = 0 if now < best else worse + 1
+        if now < best:
+            best, weights = now, copy.deepcopy(value.state_dict())
         for rows in train[torch.randperm(len(train))].split(64):
             optimizer.zero_grad()
             loss(value(x[rows]), y[rows]).backward()
