@@ -1064,7 +1064,7 @@ def grpo_loss(e: Evidence, config: Config) -> Tensor:
 
 
 def ppo_loss(e: Evidence, config: Config) -> Tensor:
-    """PPO's equation (9), without the value's loss: clipped, with a bonus for entropy."""
+    """PPO's equation (9) without the value's loss, and with the price on the KL."""
     return e.sums(clipped(e, config) + ENTROPY / 2 * e.logp.square()).mean()
 
 
@@ -1103,7 +1103,8 @@ def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) 
     for the other losses each turn's advantages and, where pi will move on, its old log pi."""
     policy, turns = learner.policy, [(d, turn) for d in dialogues for turn in d.turns]
     if not config.num_samples:
-        paid = {r: mean(t.reward for _, t in turns if t.role == r) for r in ROLES}
+        on = config.baseline != "zero"
+        paid = {r: on * (mean(t.reward for _, t in turns if t.role == r) or 0.0) for r in ROLES}
         learner.v_star = {(d.problem.index, t.role): paid[t.role] for d, t in turns}
     if config.loss == "astarpo":
         return
