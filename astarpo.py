@@ -1157,22 +1157,6 @@ def soft_value(logit: Tensor, beta: float) -> Tensor:
     return beta * torch.logaddexp(F.logsigmoid(-logit), F.logsigmoid(logit) + 1 / beta)
 
 
-@torch.no_grad()
-def think(
-    policy: Policy, texts: list[list[int]], config: Config, keep: Callable[[int, Tensor], Tensor]
-) -> list[Tensor]:
-    """What keep(i, states) makes of the hidden states (T, width) after each token of text i."""
-    kept: dict[int, Tensor] = {}
-    with gathered(policy.model):
-        for batch in token_batches([len(text) for text in texts], config.rollout_tokens // 4):
-            rows = [torch.tensor(texts[i], device=policy.device) for i in batch]
-            ids = pad_sequence(rows, batch_first=True)
-            with policy.active():  # but `keep` computes in float32
-                states = policy.model.get_decoder()(input_ids=ids, use_cache=False)[0]
-            kept |= {i: keep(i, s[: len(texts[i])].float()) for i, s in zip(batch, states)}
-    return [kept[i] for i in range(len(texts))]
-
-
 def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> torch.nn.Module:
     """Fit p to the reference's dialogues; returns its logit: hidden states (..., width) -> (...).
     Prints, of solve turns held out, the AUC of p and the share R^2 of variance that V* removes."""
@@ -1210,12 +1194,6 @@ def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> tor
     return value
 
 
-def auc(score: Tensor, truth: Tensor) -> float:
-    """The chance that a right one scores higher than a wrong one (0.5: no better than a coin)."""
-    right, wrong = score[truth > 0], score[truth == 0]
-    return ((right[:, None] > wrong).float() + (right[:, None] == wrong) / 2).mean().item()
-
-
 def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> None:
     """Fit a value to stage 1 where one is wanted. --baseline value: it replaces Vhat of solve."""
     if config.loss == "ppo" or config.baseline == "value":
@@ -1242,7 +1220,7 @@ def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config)
 # complete response that is only second in its queue must wait, or short ones would win. (Training
 # never searches: (6) speaks of what the policy drew itself; section 8.)
 
-BRANCH, QUEUE = 4, 256  # tokens that are tried after a prefix, prefixes that are kept
+BRANCH = 4  # tokens that are tried after a prefix: a queue holds 4 prefixes an opening at most
 
 
 class Prefix(NamedTuple):
@@ -1276,7 +1254,6 @@ def best_first(
         opened += len(going)
         if going:
             push([(i, *way) for i in going for way in heapq.heappop(queues[i]).longer])
-        queues = [heapq.nsmallest(QUEUE, queue) for queue in queues]
     print(f"search: {opened / len(prompts):.1f} prefixes opened a problem")
     return [min(queue, key=lambda n: (not n.complete, n.cost)).response for queue in queues]
 
@@ -2377,6 +2354,12 @@ def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
     return summary
 
 
+def auc(score: Tensor, truth: Tensor) -> float:
+    """The chance that a right one scores higher than a wrong one (0.5: no better than a coin)."""
+    right, wrong = score[truth > 0], score[truth == 0]
+    return ((right[:, None] > wrong).float() + (right[:, None] == wrong) / 2).mean().item()
+
+
 def wilson(successes: float, n: int) -> list[float]:
     """95 % interval of a proportion (Wilson 1927): unlike p +- 2 s it is right near 0 and 1."""
     z = 1.959964  # the normal distribution has 95 % within +- z
@@ -2976,6 +2959,22 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
+
+
+@torch.no_grad()
+def think(
+    policy: Policy, texts: list[list[int]], config: Config, keep: Callable[[int, Tensor], Tensor]
+) -> list[Tensor]:
+    """What keep(i, states) makes of the hidden states (T, width) after each token of text i."""
+    kept: dict[int, Tensor] = {}
+    with gathered(policy.model):
+        for batch in token_batches([len(text) for text in texts], config.rollout_tokens // 4):
+            rows = [torch.tensor(texts[i], device=policy.device) for i in batch]
+            ids = pad_sequence(rows, batch_first=True)
+            with policy.active():  # but `keep` computes in float32
+                states = policy.model.get_decoder()(input_ids=ids, use_cache=False)[0]
+            kept |= {i: keep(i, s[: len(texts[i])].float()) for i, s in zip(batch, states)}
+    return [kept[i] for i in range(len(texts))]
 
 
 def my_share(dialogues: Sequence[Dialogue], budget: int) -> list[tuple[Sequence[Dialogue], float]]:
