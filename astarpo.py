@@ -3089,10 +3089,11 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     """Options from the fields of Config: their names, types, defaults and help. Those that are not
     given are absent from what is parsed: presets and files come in between."""
     changed = {} if command == "train" else {"model": "the newest finished run", "eval_limit": 0}
-    group = parser.add_argument_group("the lesson's options")
+    heads = {"model": "the lesson's options", "loss": "the neighbours (Part II)"}
+    heads["max_prompt_tokens"] = "for real models, other data and long runs"
     for item in dataclasses.fields(Config):
-        if item.name == "max_prompt_tokens":
-            group = parser.add_argument_group("for real models, other data and long runs")
+        if item.name in heads:
+            group = parser.add_argument_group(heads[item.name])
         if command in item.metadata["on"]:
             kind, choices = TYPES[item.type], item.metadata["choices"] or None
             name = None if choices else kind.__name__.upper()
