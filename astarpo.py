@@ -84,7 +84,7 @@ lesson uses one of its names, half a sentence says what it stands for.
   Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
             6 sampling      7 V*          8 the loss  9 PAG's turns
            10 training     11 evaluation
-  Part II  12 other losses  13 a learned value    14 best-first search    15 shaped rewards
+  Part II  12 other losses  13 a learned value    14 best-first search
   Part III  A errors and progress   B loading and saving   C the algebra of answers
             D the report            E the numbers          F watching a run
             G runs that survive     H large models, several devices
@@ -713,10 +713,15 @@ class Dialogue:
         """The verify turns; check k is about attempt k."""
         return [turn for turn in self.turns if turn.role == "verify"]
 
-    def rewards(self, alpha: float) -> list[float]:
-        """What its turns have earned."""
+    def pay(self, config: Config) -> None:
+        """Give each turn its reward. (Section 4's warning, to be tried: --format-reward is a bonus for
+        an answer that can be read, --length-penalty a price of tokens beyond half of the room.)"""
         correct = [turn.correct for turn in self.attempts]
-        return dialogue_rewards(correct, [turn.verdict for turn in self.checks], alpha)
+        rewards = dialogue_rewards(correct, [turn.verdict for turn in self.checks], config.alpha)
+        for turn, reward in zip(self.turns, rewards):
+            over = max(0, turn.end - turn.start - config.max_new_tokens // 2)
+            bonus = config.format_reward * (turn.answer is not None)
+            turn.reward = reward + bonus - config.length_penalty * over
 
 
 def next_role(dialogue: Dialogue) -> str | None:
@@ -783,7 +788,7 @@ def rollout(
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
                 play_turn(policy, [going[i] for i in batch], config, step)
     for dialogue in mine:
-        pay(dialogue, config)  # gives each turn its reward; section 15 lets it give more
+        dialogue.pay(config)  # gives each turn its reward
     return collect(mine, len(dialogues))
 
 
@@ -900,8 +905,7 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
         ref_logp = zeros.index_add(0, batch.turn, ref_token_logp)  # (n,)
         loss = astarpo_loss(logp, ref_logp, batch.reward, batch.v_star, config.beta2)
         if config.loss != "astarpo":  # one of Part II
-            tokens = (batch.turn, token_logp, ref_token_logp)
-            loss = neighbour_loss(learner, part, tokens, config)
+            loss = neighbour_loss(learner, part, (batch.turn, token_logp, ref_token_logp), config)
         share = weight * len(batch.reward) / n_turns
         policy.scaler.scale(loss * share).backward()
         seen["loss"] += loss.item() * share
@@ -959,8 +963,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         for step in run.steps(learner):  # from 0, or from where the run was interrupted
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             chosen = batch_of_step(problems, step, config.batch_size // config.group, config.seed)
-            # Numbered by place: a problem that comes twice in a batch gets two dialogues. (group:
-            # section 12; for A*-PO 1.)
+            # Numbered by place: a problem may come twice. (With --group, section 12, it does.)
             asked = [p for p in chosen for _ in range(config.group)]
             fresh = [Dialogue(p, [*policy.prompt_ids(p)], i) for i, p in enumerate(asked)]
             with run.timed("sampling"):
@@ -1087,11 +1090,7 @@ def neighbour_loss(
 
 def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
     """Generalised advantage estimation: values (T,), V before each token -> A of each token (T,).
-    A_t = sum_l lam^l * delta_{t+l} with delta_t = V_{t+1} - V_t, where the reward is the last V.
-
-    >>> gae(torch.tensor([0.5, 0.25]), 1.0, lam=0.5)  # first -0.25, then 0.75
-    tensor([0.1250, 0.7500])
-    """
+    A_t = sum_l lam^l * delta_{t+l} with delta_t = V_{t+1} - V_t, where the reward is the last V."""
     advantage = torch.cat([values[1:], values.new_tensor([reward])]) - values
     for t in reversed(range(len(values) - 1)):
         advantage[t] += lam * advantage[t + 1]
@@ -1167,7 +1166,8 @@ def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> tor
     places = [np.linspace(*end, PLACES, axis=1).astype(int) for end in ends]
     states = think(ref, [d.ids for d in dialogues], config, lambda i, s: s[places[i]])
     x = torch.cat(states)  # (turns, PLACES, width)
-    right = [reward for d in dialogues for reward in d.rewards(alpha=0)]
+    results = [([t.correct for t in d.attempts], [t.verdict for t in d.checks]) for d in dialogues]
+    right = [reward for result in results for reward in dialogue_rewards(*result, alpha=0)]
     y = torch.tensor(right, device=x.device)[:, None].expand(-1, PLACES)
     held = torch.tensor([d.problem.index % 5 == 0 for d, _ in turns], device=x.device)
     torch.manual_seed(config.seed)
@@ -1276,19 +1276,6 @@ def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
 
     found = best_first(look, [d.ids for d in dialogues], policy.end_ids, config)
     add_turns(policy, dialogues, found)
-
-
-# --- 15. Shaped rewards ---------------------------------------------------------------------------
-# Section 4's warning, to be tried: the policy learns whatever is paid for.
-
-
-def pay(dialogue: Dialogue, config: Config) -> None:
-    """Give each turn its reward, plus --format-reward for an answer that can be read, less
-    --length-penalty for each token beyond half of --max-new-tokens."""
-    for turn, reward in zip(dialogue.turns, dialogue.rewards(config.alpha)):
-        over = max(0, turn.end - turn.start - config.max_new_tokens // 2)
-        bonus = config.format_reward * (turn.answer is not None)
-        turn.reward = reward + bonus - config.length_penalty * over
 
 
 # ==================================================================================================
@@ -2641,7 +2628,7 @@ class Run(contextlib.AbstractContextManager):
         write_rows(self.stage_one, [self.mark, *rows])
         done = [to_dialogue(row) for row in rows]
         for dialogue in done:
-            pay(dialogue, self.config)
+            dialogue.pay(self.config)
         return done
 
     def keep(self, dialogues: Sequence[Dialogue]) -> None:
