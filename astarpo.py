@@ -1933,7 +1933,7 @@ class Comparison:
         cheap = operation in CHEAP or operation is pow and MP.isint(xs[1] or 0)
         self.spend(2 + (MP.prec // 1000) ** 2 if cheap else 11 + (MP.prec // 250) ** 2)
         try:
-            x = operation(*xs)
+            x = operation(*xs) if operation is not pow or any(xs) else None  # 0^0 is no number
             parts = [MP.zero if MP.mag(part) < self.noise else part for part in (x.real, x.imag)]
         except (ArithmeticError, ValueError, TypeError, AttributeError):  # 1/0, or a number is None
             return None
