@@ -258,8 +258,8 @@ class Problem:
 # such a leak soon does nothing else. So wherever we do not understand a text, or would have to
 # choose between two readings (is 1/2x the half of x?), the answer is an honest False.
 #
-# Two steps: find the answer, compare it (Part III, C). Model output is hostile text, so limits bound
-# every loop: whatever the text, a comparison takes milliseconds, without eval, timer or thread.
+# Two steps: find the answer, compare it (Part III, C). Model output is hostile text, so every loop
+# has a limit: whatever the text, a comparison takes milliseconds, without eval, timer or thread.
 
 MAX_ANSWER = 2_000  # characters; the longest gold in MATH has about 160
 MAX_TAIL = 20_000  # characters at the end in which the answer is looked for
@@ -714,8 +714,8 @@ class Dialogue:
         return [turn for turn in self.turns if turn.role == "verify"]
 
     def pay(self, config: Config) -> None:
-        """Give each turn its reward. (Section 4's warning, to be tried: --format-reward is a bonus for
-        an answer that can be read, --length-penalty a price of tokens beyond half of the room.)"""
+        """Give each turn its reward. (Section 4's warning, to be tried: --format-reward is a bonus
+        for a readable answer, --length-penalty a price of tokens beyond half of the room.)"""
         correct = [turn.correct for turn in self.attempts]
         rewards = dialogue_rewards(correct, [turn.verdict for turn in self.checks], config.alpha)
         for turn, reward in zip(self.turns, rewards):
@@ -1115,20 +1115,24 @@ def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) 
             gains[group] = (gains[group] - gains[group].mean()) / spread
     if config.loss == "awr":
         gains = (gains / config.beta1).softmax(0) * len(gains)
-    lengths = [turn.end - turn.start for _, turn in turns]
-    advantage = [gain.expand(length) for gain, length in zip(gains, lengths)]
+    advantage = [gain.expand(t.end - t.start) for gain, (_, t) in zip(gains, turns)]
     if config.loss == "ppo":
         texts = [d.ids for d in dialogues]
         chances = think(learner.ref, texts, config, lambda i, s: learner.value(s).sigmoid())
-        places = [(p, turn) for p, d in zip(chances, dialogues) for turn in d.turns]
-        advantage = [gae(p[t.start - 1 : t.end - 1], t.reward) for p, t in places]
-    old: Sequence[Tensor | None] = [None] * len(turns)
+        owned = [(p, turn) for p, d in zip(chances, dialogues) for turn in d.turns]
+        advantage = [gae(p[t.start - 1 : t.end - 1], t.reward) for p, t in owned]
+    old: dict[int, Tensor] = {}
     if config.minibatches > 1:  # from the second update on, pi is not what it was
-        parts = [collate([d], learner.v_star, policy.device) for d in dialogues]
-        with torch.no_grad():
-            logps = [token_logps(policy, b.ids, b.scored, config.temperature) for b in parts]
-        old = torch.cat(logps).split(lengths)
-    learner.notes = {id(t): (a.to(policy.device), o) for (_, t), a, o in zip(turns, advantage, old)}
+        for batch in token_batches([len(d.ids) for d in dialogues], config.update_tokens):
+            part = [dialogues[i] for i in batch]
+            b = collate(part, learner.v_star, policy.device)
+            with torch.no_grad():
+                logp = token_logps(policy, b.ids, b.scored, config.temperature)
+            old |= zip(
+                (id(t) for d in part for t in d.turns), logp.split(b.turn.bincount().tolist())
+            )
+    pairs = zip((id(turn) for _, turn in turns), advantage)
+    learner.notes = {key: (a.to(policy.device), old.get(key)) for key, a in pairs}
 
 
 # --- 13. A learned value --------------------------------------------------------------------------
@@ -2439,8 +2443,8 @@ IDLE = ("seed", "out", "v_star", "eval_limit", "eval_every", "log_to", "threads"
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[str, list[float]]]:
-    """The metrics of each group of runs, by what makes it unlike the others (runs that differ in what
-    is IDLE alone, as the seed, are a group), and Vhat by level."""
+    """The metrics of each group of runs, by what makes it unlike the others (runs that differ only
+    in what is IDLE, as the seed, are a group), and Vhat by level."""
     runs = [(folder, read_config(folder / "config.json")) for folder in folders]
     names = [name for name in vars(Config()) if name not in IDLE]
     unlike = [name for name in names if len({getattr(config, name) for _, config in runs}) > 1]
@@ -2817,11 +2821,11 @@ def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None
 # --- H. Large models, several devices -------------------------------------------------------------
 # LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then be half as wide;
 # the reference is the same weights without them. Recomputing activations in the backward pass
-# trades time for memory. `torchrun --nproc_per_node=8 astarpo.py train ...` starts eight of us: each
-# plays its share of the dialogues, all exchange them, each scores its share, and the gradients are
-# summed. ddp: every process holds everything. fsdp (PyTorch's FSDP2): weights, gradients and moments
-# are dealt out in slices and put together layer by layer where they are needed, but as a whole
-# while sampling, where every process goes at its own pace.
+# trades time for memory. `torchrun --nproc_per_node=8 astarpo.py train ...` starts eight of us:
+# each plays its share of the dialogues, all exchange them, each scores its share, and the gradients
+# are summed. ddp: every process holds everything. fsdp (PyTorch's FSDP2): weights, gradients and
+# moments are dealt out in slices and put together layer by layer where they are needed, but as a
+# whole while sampling, where every process goes at its own pace.
 
 WHOLE = StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
@@ -2859,8 +2863,8 @@ def blocks(model: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def method(model: Any, function: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
-    """`function` of this model, as fsdp wants it called and, with --gradient-checkpointing and where
-    a gradient will be wanted, recomputing. transformers recomputes in training mode only, which
+    """`function` of this model, as fsdp wants it called and, with --gradient-checkpointing where a
+    gradient will be wanted, recomputing. transformers recomputes in training mode only, which
     would wake dropout as well: so only the layers' own flags are set, and only here (while sampling
     it would switch the cache off)."""
     for layer in blocks(model):
@@ -2952,7 +2956,8 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 def think(
     policy: Policy, texts: list[list[int]], config: Config, keep: Callable[[int, Tensor], Tensor]
 ) -> list[Tensor]:
-    """What keep(i, states) makes of the hidden states (T, width) after each token of text i."""
+    """What keep(i, states) makes of the hidden states (T, width) after each token of text i. (To
+    read whole texts at once takes more memory a token than sampling does: a smaller budget.)"""
     kept: dict[int, Tensor] = {}
     with gathered(policy.model):
         for batch in token_batches([len(text) for text in texts], config.rollout_tokens // 4):
@@ -3065,7 +3070,7 @@ def solve(config: Config, problem: str) -> Dialogue:
     policy, asked = load_policy(config), Problem(0, problem, "")
     prompt = policy.prompt_ids(asked)
     check_context(policy, dataclasses.replace(config, max_prompt_tokens=len(prompt)))
-    wanted = [Dialogue(asked, [*prompt])]
+    wanted = n_dialogues(policy, [asked], 1)
     find(policy, wanted, config)
     dialogue = rollout(policy, wanted, config, -1)[0]
     print_dialogue(dialogue)
