@@ -1128,25 +1128,23 @@ def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) 
             b = collate(part, learner.v_star, policy.device)
             with torch.no_grad():
                 logp = token_logps(policy, b.ids, b.scored, config.temperature)
-            old |= zip(
-                (id(t) for d in part for t in d.turns), logp.split(b.turn.bincount().tolist())
-            )
+            own = logp.split(b.turn.bincount().tolist())
+            old |= zip((id(turn) for d in part for turn in d.turns), own)
     pairs = zip((id(turn) for _, turn in turns), advantage)
     learner.notes = {key: (a.to(policy.device), old.get(key)) for key, a in pairs}
 
 
 # --- 13. A learned value --------------------------------------------------------------------------
 # Vhat(x) is one number for a problem. A *value function* V*(x, y_<t) also knows the tokens y_<t
-# written so far: it says the best that can still be reached. (PPO's critic learns the mean: what
-# will be reached on average.) For rewards 0 and 1 both follow from p, the probability that a
-# response of the reference that begins like this ends right:
+# written so far: it says the best that can still be reached. (PPO's critic learns the mean.) For
+# rewards 0 and 1 both follow from p, the chance that the reference ends right from here:
 #
 #     mean: p        soft: V* = beta * log( 1 - p + p * e^(1/beta) )       ((3), with two outcomes)
 #
 # A small network guesses p from the reference's last hidden state. It is fitted to stage 1's
 # dialogues, but for a fifth of the problems, which tell when to stop. It can judge problems that
-# nobody sampled; but N samples of the very problem say more, and it stays the value of the
-# *reference* while the policy moves on. (A revision may earn 2 or -1: its p is that it is right.)
+# nobody sampled; but N samples of the very problem say more, and it remains the *reference*'s while
+# the policy moves on. (A revision may earn 2 or -1: its p is that it is right.)
 
 PLACES = 16  # of a turn that are fitted: a long turn counts as much as a short one
 
