@@ -2190,31 +2190,30 @@ def show(value: float | None, digits: int = 3) -> str:
 
 def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines, told: set[str]) -> None:
     """What the reference can do: the distribution of Vhat, and how many problems can teach."""
-    solved = scores(dialogues)[:, 0]  # of N samples, for each problem
-    values = {role: [v for (_, r), v in v_star.items() if r == role] for role in ROLES}
-    counts, tenths = np.histogram(np.clip(values["solve"], 0, 1), bins=10, range=(0, 1))
-    print(f"V* of {len(solved)} problems, solve role:")
+    solved = shares_right(dialogues, 0)  # of N samples, for each problem
+    values = [value for (_, role), value in v_star.items() if role == "solve"]
+    counts, tenths = np.histogram(np.clip(values, 0, 1), bins=10, range=(0, 1))
+    print(f"V* of {len(solved)} problems, solve role, mean {show(mean(values), 2)}:")
     for low, count in zip(tenths, counts):
         bar = "#" * math.ceil(50 * count / max(counts))
         print(f"  {low:.1f} to {low + 0.1:.1f} {count:>6} {bar}".rstrip())
-    print("  mean: " + ", ".join(f"{role} {show(mean(v), 2)}" for role, v in values.items()))
     never, always, n = np.mean(solved == 0), np.mean(solved == 1), len(dialogues) // len(solved)
     print(f"  never solved {never:.0%}, always solved {always:.0%}: little to learn there")
     print(f"  pass@{n} of the reference {1 - never:.2f}: about what training can reach")
-    explain(statistics(dialogues) | {"never_solved": never}, told)
+    diagnose([statistics(dialogues) | {"never_solved": never}], told, window=1)
 
 
 def report_training(summary: dict[str, Any], base: list[Dialogue], new: list[Dialogue]) -> None:
     """The table of before and after, and the first problem that the base got wrong."""
     before, after = summary["before"] | {"kl": 0.0}, summary["after"] | {"kl": summary["kl"]}
     print(f"\n{before['n']} held-out problems, greedy{'before':>19}{'after':>9}")
-    for name, title, digits in (
-        ("acc_t1", "accuracy, first attempt (acc@t1)", 3),
-        ("acc_final", "accuracy, final answer (acc@final)", 3),
-        ("verifier_balanced_acc", "verifier, own attempts (balanced)", 3),
-        ("verifier_pool_balanced_acc", "verifier, fixed pool (balanced)", 3),
-        ("mean_response_tokens", "response length (tokens a turn)", 1),
-        ("kl", "KL to the reference (nats a turn)", 3),
+    for title, name, digits in (
+        ("accuracy, first attempt (acc@t1)", "acc_t1", 3),
+        ("accuracy, final answer (acc@final)", "acc_final", 3),
+        ("verifier, own attempts (balanced)", "verifier_balanced_acc", 3),
+        ("verifier, fixed pool (balanced)", "verifier_pool_balanced_acc", 3),
+        ("response length (tokens a turn)", "response_tokens", 1),
+        ("KL to the reference (nats a turn)", "kl", 3),
     ):
         print(f"  {title:<42}{show(before[name], digits):>8} {show(after[name], digits):>8}")
     print(f"  revisions after training: {after['fixed']} mended, {after['broken']} broken")
@@ -2227,24 +2226,21 @@ def report_training(summary: dict[str, Any], base: list[Dialogue], new: list[Dia
 
 def report_evaluation(summary: dict[str, Any]) -> None:
     """The evaluation as a table of accuracies with their intervals, then everything else."""
-    groups = {"all problems": summary}
-    groups |= {f"level {name}": group for name, group in summary["by_level"].items()}
-    groups |= summary["by_subject"]
     print(f"\n{'':<24}{'n':>6}   {'acc@t1 [95 % interval]':<24}acc@final [95 %]")
-    for title, group in groups.items():
-        cells = ((group[name], *group[f"{name}_ci"]) for name in ACCURACIES)
-        first, final = ("{:.3f} [{:.3f}, {:.3f}]".format(*cell) for cell in cells)
-        print(f"{title:<24.24}{group['n']:>6}   {first:<24}{final}")
+    row = "{:<24.24}{n:>6}   {acc_t1:.3f} [{acc_t1_ci[0]:.3f}, {acc_t1_ci[1]:.3f}]    "
+    row += "{acc_final:.3f} [{acc_final_ci[0]:.3f}, {acc_final_ci[1]:.3f}]"
+    for title, group in {"all problems": summary, **summary["groups"]}.items():
+        print(row.format(title, **group))
     print()
     for name, value in summary.items():
         if name not in ("n", *ACCURACIES) and not isinstance(value, dict | list):
             print(f"  {name:<32}{show(value):>10}")
     if found := summary.get("compare"):
         print(f"\ncompared with {found['with']}:")
-        line = "  {:<10}{difference:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}], "
-        line += "problems better {better}, worse {worse}, p = {p:.1g}"
+        row = "  {:<10}{difference:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}], "
+        row += "problems better {better}, worse {worse}, p = {p:.1g}"
         for name in ACCURACIES:
-            print(line.format(name, **found[name]))
+            print(row.format(name, **found[name]))
 
 
 def print_dialogue(dialogue: Dialogue) -> None:
@@ -2266,7 +2262,7 @@ def print_dialogue(dialogue: Dialogue) -> None:
 # at a problem can vote: by plain majority (*self-consistency*), or PAG's way, where only attempts
 # that the model's own check accepted have a vote. If checking is worth anything, that vote wins.
 
-ACCURACIES = ("acc_t1", "acc_final")  # the accuracies at both ends of a dialogue
+ACCURACIES = {"acc_t1": 0, "acc_final": -1}  # at both ends of a dialogue: of which attempt?
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -2275,72 +2271,58 @@ def mean(values: Iterable[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def confusion(dialogues: Sequence[Dialogue], name: str) -> dict[str, float | None]:
-    """What the checks say of the attempts, and how it is; a missing verdict is a miss. Precision:
-    the share of right ones among the attempts that were called correct."""
-    judged = [(c.verdict, a.correct) for d in dialogues for c, a in zip(d.checks, d.attempts)]
-    right = mean(verdict is True for verdict, correct in judged if correct)
-    wrong = mean(verdict is False for verdict, correct in judged if not correct)
-    return {
-        f"{name}_acc": mean(verdict == correct for verdict, correct in judged),
-        f"{name}_balanced_acc": None if None in (right, wrong) else (right + wrong) / 2,
-        f"{name}_recall_right": right,
-        f"{name}_recall_wrong": wrong,
-        f"{name}_precision": mean(correct for verdict, correct in judged if verdict),
-    }
-
-
 def statistics(dialogues: Sequence[Dialogue]) -> dict[str, float | None]:
     """What there is to say about some dialogues; a training batch and an evaluation share it."""
     turns = [turn for d in dialogues for turn in d.turns]
+    judged = [(a.correct, c.verdict) for d in dialogues for a, c in zip(d.attempts, d.checks)]
     revised = [pair for d in dialogues for pair in itertools.pairwise(d.attempts)]
-    firsts = Counter(d.attempts[0].text for d in dialogues)
-    by_role = {role: [turn for turn in turns if turn.role == role] for role in ROLES}
+    right = mean(verdict is True for correct, verdict in judged if correct)  # None is a miss
+    wrong = mean(verdict is False for correct, verdict in judged if not correct)
     return {
-        "acc_t1": mean(d.attempts[0].correct for d in dialogues),
-        "acc_final": mean(d.attempts[-1].correct for d in dialogues),
-        **confusion(dialogues, "verifier"),
+        **{name: mean(d.attempts[k].correct for d in dialogues) for name, k in ACCURACIES.items()},
+        "verifier_balanced_acc": None if None in (right, wrong) else (right + wrong) / 2,
+        "verifier_recall_right": right,
+        "verifier_recall_wrong": wrong,
         "revision_rate": mean(len(d.attempts) > 1 for d in dialogues),
         "answer_change_ratio": mean(not is_equiv(b.answer, a.answer) for a, b in revised),
         "fixed": sum(not a.correct and b.correct for a, b in revised),
         "broken": sum(a.correct and not b.correct for a, b in revised),
-        **{f"reward_{role}": mean(t.reward for t in made) for role, made in by_role.items()},
         "response_tokens": mean(turn.end - turn.start for turn in turns),
-        **{f"tokens_{role}": mean(t.end - t.start for t in made) for role, made in by_role.items()},
         "no_answer_rate": mean(turn.answer is None for d in dialogues for turn in d.attempts),
         "truncated_rate": mean(not turn.ended for turn in turns),
-        "same_text_rate": max(firsts.values()) / len(dialogues),  # 1: all alike
+        **{f"reward_{r}": mean(turn.reward for turn in turns if turn.role == r) for r in ROLES},
     }
 
 
-def scores(dialogues: Sequence[Dialogue]) -> np.ndarray:
-    """The ACCURACIES of each problem, means over its dialogues, which follow one another: (n, 2).
-    Samples of one problem are not independent, so these are what gets an interval."""
-    n = len({d.problem.index for d in dialogues})
-    right = np.array([(d.attempts[0].correct, d.attempts[-1].correct) for d in dialogues])
-    return right.reshape(n, -1, 2).mean(axis=1)
+def shares_right(dialogues: Sequence[Dialogue], attempt: int) -> np.ndarray:
+    """The share of right ones among each problem's dialogues, which follow one another: (n,)."""
+    right = np.array([d.attempts[attempt].correct for d in dialogues])
+    return right.reshape(len({d.problem.index for d in dialogues}), -1).mean(axis=1)
 
 
-def accuracies(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    """`statistics` as a report has it: with n, the number of problems, and with intervals."""
-    solved = scores(dialogues)
-    numbers: dict[str, Any] = {"n": len(solved), **statistics(dialogues)}
-    numbers["mean_response_tokens"] = numbers.pop("response_tokens")
-    for name, values in zip(ACCURACIES, solved.T):
-        counted = np.isin(values, (0, 1)).all()  # one dialogue a problem, or all of them agree
-        numbers[f"{name}_ci"] = wilson(values.sum(), len(values)) if counted else bootstrap(values)
-    return numbers
+def wilson(values: np.ndarray) -> list[float]:
+    """95 % interval of the mean of some shares (Wilson 1927): unlike mean +- 2 s it is right near 0
+    and 1. Shares in between spread less than zeros and ones do, and count for more of them."""
+    p, z = values.mean(), 1.959964  # the normal distribution has 95 % within +- z
+    n = len(values) * (p * (1 - p) / values.var() if values.var() else 1)
+    centre, spread = n * p + z * z / 2, z * math.sqrt(n * p * (1 - p) + z * z / 4)
+    return [(centre - spread) / (n + z * z), (centre + spread) / (n + z * z)]
 
 
 def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
-    """What an evaluation with k dialogues a problem says: of all, by level and by subject."""
-    summary = accuracies(dialogues) | (voting(dialogues, k) if k > 1 else {})
-    for trait in ("level", "subject"):
-        groups = defaultdict(list)
-        for dialogue in dialogues:
-            groups[str(getattr(dialogue.problem, trait))].append(dialogue)
-        summary[f"by_{trait}"] = {name: accuracies(g) for name, g in sorted(groups.items())}
-    return summary
+    """What an evaluation with k dialogues a problem says: of all, of each level and subject."""
+    groups = defaultdict(list)
+    for dialogue in dialogues:
+        level, subject = f"level {dialogue.problem.level}", dialogue.problem.subject
+        for title in ("all", level, subject):
+            groups[title].append(dialogue)
+    found = {}
+    for title, group in sorted(groups.items()):
+        numbers = {"n": len(group) // k, **statistics(group)}
+        for name, attempt in ACCURACIES.items():
+            numbers[f"{name}_ci"] = wilson(shares_right(group, attempt))
+        found[title] = numbers
+    return found.pop("all") | (voting(dialogues, k) if k > 1 else {}) | {"groups": found}
 
 
 def auc(score: Tensor, truth: Tensor) -> float:
@@ -2349,47 +2331,31 @@ def auc(score: Tensor, truth: Tensor) -> float:
     return ((right[:, None] > wrong).float() + (right[:, None] == wrong) / 2).mean().item()
 
 
-def wilson(successes: float, n: int) -> list[float]:
-    """95 % interval of a proportion (Wilson 1927): unlike p +- 2 s it is right near 0 and 1."""
-    z = 1.959964  # the normal distribution has 95 % within +- z
-    centre = successes + z * z / 2
-    spread = z * math.sqrt(successes * (1 - successes / n) + z * z / 4)
-    return np.clip([(centre + side) / (n + z * z) for side in (-spread, spread)], 0, 1).tolist()
-
-
-def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> list[float]:
-    """95 % interval of a mean: that of the means of `draws` samples (n,) drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    means = [rng.choice(values, len(values)).mean() for _ in range(draws)]
-    return np.quantile(means, [0.025, 0.975]).tolist()
-
-
 def paired(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, Any]:
     """Is the first model better than the second on the same problems? For both ACCURACIES the
-    paired difference with its interval, the problems on which one beats the other, and McNemar's
-    exact p: how often a fair coin would split these problems at least as unevenly."""
+    difference with its interval, on how many problems it is better and worse, and McNemar's exact
+    p: how often a fair coin would split these problems at least as unevenly."""
     found = {}
-    for name, gain in zip(ACCURACIES, (scores(first) - scores(second)).T):
+    for name, attempt in ACCURACIES.items():
+        gain = shares_right(first, attempt) - shares_right(second, attempt)
         better, worse = np.sum(gain > 0).item(), np.sum(gain < 0).item()
         n, fewer = better + worse, min(better, worse)
         p = min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)
+        middle, side = gain.mean().item(), 1.96 * gain.std().item() / math.sqrt(len(gain))
         split = {"better": better, "worse": worse, "p": p}
-        found[name] = {"difference": gain.mean().item(), "ci": bootstrap(gain), **split}
+        found[name] = {"difference": middle, "ci": [middle - side, middle + side], **split}
     return found
 
 
 def majority(answers: Iterable[str | None]) -> str | None:
     """The commonest answer, where 1/2 and 0.5 are one; the earliest of several; None is no vote."""
-    votes: list[str] = []
-    for answer in filter(None, answers):
-        votes.append(next((vote for vote in votes if is_equiv(answer, vote)), answer))
-    return Counter(votes).most_common(1)[0][0] if votes else None
+    votes = [answer for answer in answers if answer is not None]
+    return max(votes, key=lambda a: sum(is_equiv(a, vote) for vote in votes), default=None)
 
 
 def voting(dialogues: Sequence[Dialogue], n: int) -> dict[str, float]:
-    """Of n dialogues about each problem, maj@n, pag@n (where a check accepted nothing, all have a
-    vote), and pass@k for k = 1, 2, 4, ...: the chance that k of the n first attempts hold a right
-    one (Chen et al. 2021)."""
+    """Of n dialogues about each problem: pass@k, the chance that k of their first attempts hold a
+    right one (Chen et al. 2021), maj@n, and pag@n (where no check accepted anything, all vote)."""
     seen = defaultdict(list)
     for start in range(0, len(dialogues), n):
         group = dialogues[start : start + n]
@@ -2406,22 +2372,21 @@ def voting(dialogues: Sequence[Dialogue], n: int) -> dict[str, float]:
 
 
 def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
-    """The verify turn's confusion on the fixed pool beside the evaluation data (attempts.jsonl);
-    None where there is no pool, or no verify turn."""
+    """How the verify turn judges the fixed pool beside the evaluation data (attempts.jsonl); None
+    where there is no pool, or no verify turn."""
     path = local(config.eval_data).parent / "attempts.jsonl"
     pool = read_jsonl(path) if config.revisions and path.is_file() else ()
     attempts = []
     for place, row in itertools.islice(pool, config.eval_limit or None):
-        problem = to_problem(row, -1, place, Config())  # its columns are ours
         with trying(place):
-            text, correct = row["attempt"], row["correct"]
-            written = encode(policy.tokenizer, text)  # somebody's text: re-encoded, not scored
-        prompt = policy.prompt_ids(problem)
-        ids = prompt + written
-        turn = Turn("solve", len(prompt), len(ids), text, ended=False, correct=correct)
-        attempts.append(Dialogue(problem, ids, turns=[turn]))
+            problem = to_problem(row, -1, place, Config())  # its columns are ours
+            turn = Turn("solve", 0, 0, row["attempt"], ended=False, correct=row["correct"])
+            written = encode(policy.tokenizer, turn.text)  # somebody's text, which is not scored
+        attempts.append(Dialogue(problem, policy.prompt_ids(problem) + written, turns=[turn]))
     greedy = dataclasses.replace(config, temperature=0.0)
-    return confusion(rollout(policy, attempts, greedy, -1, turns=2), "verifier_pool")
+    seen = statistics(rollout(policy, attempts, greedy, -1, turns=2))
+    names = ("balanced_acc", "recall_right", "recall_wrong")
+    return {f"verifier_pool_{name}": seen[f"verifier_{name}"] for name in names}
 
 
 # --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
@@ -2429,7 +2394,6 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
 Metrics = list[dict[str, Any]]  # the lines of metrics.jsonl
 # Okabe and Ito's colours: people with any kind of colour vision can tell them apart.
 COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00")
-STYLES = ("-", "--", ":", "-.")  # a group of runs has its own
 PANELS = (  # title, y axis, metrics
     ("Loss", "squared error (reward²)", ["loss"]),
     ("Rewards", "mean reward", ["acc_final", "reward_solve", "reward_verify", "reward_revise"]),
@@ -2443,17 +2407,17 @@ IDLE = ("seed", "out", "v_star", "eval_limit", "eval_every", "log_to", "threads"
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[str, list[float]]]:
     """The metrics of each group of runs, by what makes it unlike the others (runs that differ only
     in what is IDLE, as the seed, are a group), and Vhat by level."""
-    runs = [(folder, read_config(folder / "config.json")) for folder in folders]
-    names = [name for name in vars(Config()) if name not in IDLE]
-    unlike = [name for name in names if len({getattr(config, name) for _, config in runs}) > 1]
+    runs = {folder: read_config(folder / "config.json") for folder in folders}
+    shared = set.intersection(*(set(vars(config).items()) for config in runs.values()))
     groups, v_star = defaultdict(list), defaultdict(list)
-    for folder, config in runs:
-        group = ", ".join(f"{name} {getattr(config, name)}" for name in unlike)
+    for folder, config in runs.items():
+        own = [item for item in vars(config).items() if item not in shared and item[0] not in IDLE]
+        group = ", ".join(f"{name} {value}" for name, value in own)
         groups[group].append(read_lines(folder / "metrics.jsonl"))
         dialogues = [to_dialogue(row) for row in read_lines(folder / "v_star.jsonl")[1:]]
         values = baselines(dialogues, config)
         for problem in {dialogue.problem for dialogue in dialogues}:
-            v_star[str(problem.level)].append(values[problem.index, "solve"])
+            v_star[str(problem.level)].append(np.clip(values[problem.index, "solve"], 0, 1))
     return groups, dict(sorted(v_star.items()))
 
 
@@ -2462,11 +2426,9 @@ def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour
     import pandas
 
     label = metric
-    for style, runs in zip(itertools.cycle(STYLES), groups.values()):
-        columns = [
-            pandas.Series({m["step"]: m.get(metric) for m in run}, dtype=float) for run in runs
-        ]
-        raw = pandas.concat(columns, axis=1)  # (steps, runs); nan where there is none
+    for style, runs in zip(itertools.cycle(("-", "--", ":", "-.")), groups.values()):
+        columns = [{m["step"]: m.get(metric) for m in run} for run in runs]
+        raw = pandas.DataFrame(columns, dtype=float).T  # (steps, runs); nan where there is none
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
         axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)
@@ -2497,10 +2459,10 @@ def plot(folders: Sequence[Path], out: Path) -> None:
         second = axes[4].twinx()
         draw_curves(second, groups, "kl", COLOURS[3])
         second.set_ylabel("KL to the reference\n(nats a turn, red)")
-        shades = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.1, len(v_star)))
         if v_star:  # else there was no stage 1
-            values = [np.clip(level, 0, 1) for level in v_star.values()]  # rewards may be shaped
-            axes[5].hist(values, range=(0, 1), stacked=True, color=shades, label=[*v_star])
+            shades = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.1, len(v_star)))
+            levels = {"color": shades, "label": [*v_star], "stacked": True}
+            axes[5].hist([*v_star.values()], range=(0, 1), **levels)
             axes[5].legend(title="level")
         axes[5].set(title="V* (stage 1, solve)", xlabel="V* (reward)", ylabel="problems")
         if len(groups) > 1:
@@ -2520,29 +2482,21 @@ SYMPTOMS = {  # why is nothing learned? a number, the limit that it is above, an
 }
 
 
-def explain(facts: dict[str, float | None], told: set[str]) -> None:
-    """Name the symptoms that some means show, each only once."""
-    f: dict[str, float] = defaultdict(lambda: math.nan)  # nan is above no limit
-    f.update((name, value) for name, value in facts.items() if value is not None)
+def diagnose(history: Metrics, told: set[str], window: int = WINDOW) -> None:
+    """Name each symptom of the last batches, once. RunError if no update is possible any more."""
+    last = history[-window:]
+    if len(last) < window:
+        return  # too early to say
+    means = {name: mean(m[name] for m in last if m[name] is not None) for name in last[0]}
+    f = defaultdict(lambda: math.nan, {name: m for name, m in means.items() if m is not None})
     f["kl_per_token"] = f["kl"] / max(f["response_tokens"], 1)
     f["verifier_bias"] = abs(f["verifier_recall_right"] - f["verifier_recall_wrong"])
     for name, (limit, remedy) in SYMPTOMS.items():
-        if f[name] > limit and name not in told:
+        if f[name] > limit and name not in told:  # nan is above no limit
             told.add(name)
-            text = f"! {name} is {f[name]:.2f}: {remedy}"
-            tqdm.write(textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False))
-
-
-def diagnose(history: Metrics, told: set[str]) -> None:
-    """Look at the last batches for symptoms. Raises RunError if no update is possible any more."""
-    last = history[-WINDOW:]
-    enough = len(last) == WINDOW
-    names = last[0] if enough else ["skipped"]  # it is too early to say more
-    seen = {name: mean(m[name] for m in last if m[name] is not None) for name in names}
-    explain(seen, told)
-    if enough and seen["skipped"] == 1:
-        stop = "so the run stops with its last good model: lower --lr, or use --dtype float32"
-        raise RunError(f"no finite loss and gradient in {WINDOW} steps running, {stop}")
+            tqdm.write(f"! {name} is {f[name]:.2f}: {remedy}")
+    if f["skipped"] == 1:
+        raise RunError(f"no finite loss and gradient in {window} steps running: the run stops")
 
 
 # --- G. Runs that survive -------------------------------------------------------------------------

@@ -1018,7 +1018,8 @@ def test_an_update_that_is_not_finite_leaves_the_weights_alone(dtype, problems):
     assert policy.scaler.get_scale() == (scale / 2 if dtype == "float16" else 1)
 
 
-SHARED = {"acc_t1", "acc_final", "verifier_acc", "verifier_balanced_acc", "revision_rate"}
+SHARED = {"acc_t1", "acc_final", "verifier_balanced_acc", "revision_rate"}
+SHARED |= {"answer_change_ratio", "response_tokens"}
 METRICS = SHARED | {
     "step",
     "loss",
@@ -1029,15 +1030,13 @@ METRICS = SHARED | {
     "kl",
 }
 METRICS |= {
-    "answer_change_ratio",
     "entropy",
     "grad_norm",
     "lr",
-    "response_tokens",
     "tokens_per_second",
 }
-SUMMARY = SHARED | {"n", "verifier_pool_balanced_acc", "fixed", "broken", "by_level", "by_subject"}
-SUMMARY |= {"answer_change_ratio", "mean_response_tokens", "no_answer_rate", "truncated_rate"}
+SUMMARY = SHARED | {"n", "verifier_pool_balanced_acc", "fixed", "broken", "groups"}
+SUMMARY |= {"no_answer_rate", "truncated_rate"}
 SMALL = "--seed 5 --steps 2 --batch-size 8 --train-limit 8 --eval-limit 16 --num-samples 2 "
 SMALL += "--max-new-tokens 32 --threads 1 --out"
 
@@ -1057,7 +1056,8 @@ def test_a_run_folder_holds_what_the_readme_says(finished):
     summary = json.loads((finished / "summary.json").read_text())
     for part in ("before", "after"):
         assert SUMMARY <= set(summary[part]) and summary[part]["n"] == 16
-        assert sum(level["n"] for level in summary[part]["by_level"].values()) == 16
+        groups = summary[part]["groups"]  # by level and by subject
+        assert sum(groups[name]["n"] for name in groups) == 2 * 16
     assert {"seed", "weights", "versions"} <= set(
         json.loads((finished / "config.json").read_text())
     )
@@ -1312,8 +1312,8 @@ def test_statistics_by_hand():
     dialogues = [dialogue(i, *outcome) for i, outcome in enumerate(outcomes)]
     expected = {"acc_t1": 5 / 9, "acc_final": 5 / 9, "fixed": 1, "broken": 1}
     expected |= {"verifier_recall_right": 3 / 5, "verifier_recall_wrong": 2 / 4}
-    expected |= {"verifier_acc": 5 / 9, "verifier_balanced_acc": (3 / 5 + 2 / 4) / 2}
-    expected |= {"verifier_precision": 3 / 4, "revision_rate": 4 / 9, "answer_change_ratio": 3 / 4}
+    expected |= {"verifier_balanced_acc": (3 / 5 + 2 / 4) / 2}
+    expected |= {"revision_rate": 4 / 9, "answer_change_ratio": 3 / 4}
     expected |= {"reward_verify": 5 / 9, "reward_revise": (2 - 1 + 1 + 0) / 4}
     seen = A.statistics(dialogues)
     assert {name: seen[name] for name in expected} == pytest.approx(expected)
@@ -1930,18 +1930,19 @@ def test_of_several_processes_one_says_what_is_wrong(command, complaint, capfd):
 def test_intervals_are_those_published_and_samples_of_one_problem_are_no_more_problems():
     published = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]
     for successes, n, low, high in published:  # by Newcombe (1998), table I, method 3
-        assert A.wilson(successes, n) == pytest.approx([low, high], abs=5e-5)
-        assert A.wilson(n - successes, n) == pytest.approx([1 - high, 1 - low], abs=5e-5)
+        right = np.arange(n) < successes
+        assert A.wilson(right) == pytest.approx([low, high], abs=5e-5)
+        assert A.wilson(~right) == pytest.approx([1 - high, 1 - low], abs=5e-5)
     for samples in (1, 8):
         made = [d for d in solved(*[True] * 5, *[False] * 5) for _ in range(samples)]
-        seen = A.accuracies(made)
-        assert seen["n"] == 10 and seen["acc_t1_ci"] == A.wilson(5, 10)
+        seen = A.summarize(made, samples)
+        assert seen["n"] == 10 and seen["acc_t1_ci"] == A.wilson(np.arange(10) < 5)
 
 
-def test_the_bootstrap_covers_a_known_mean_about_95_times_in_100():
+def test_an_interval_of_shares_covers_their_mean_about_95_times_in_100():
     rng = np.random.default_rng(0)
-    intervals = [A.bootstrap(rng.normal(1.0, 2.0, 60), draws=300) for _ in range(300)]
-    assert 0.90 < np.mean([low < 1.0 < high for low, high in intervals]) < 0.98
+    intervals = [A.wilson(rng.binomial(8, rng.beta(2, 1, 60)) / 8) for _ in range(300)]
+    assert 0.90 < np.mean([low < 2 / 3 < high for low, high in intervals]) < 0.98
 
 
 def solved(*right: bool) -> list[A.Dialogue]:
@@ -2025,7 +2026,7 @@ def test_evaluations_on_the_way_keep_the_best_model_and_a_logger_gets_all_number
 def made_metrics(**changes: object) -> list[dict]:
     """Five healthy training batches, but for the changes."""
     healthy = dict.fromkeys(METRICS, 0.5) | {"kl": 1.0, "response_tokens": 20.0, "skipped": 0.0}
-    healthy |= {"truncated_rate": 0.0, "no_answer_rate": 0.0, "same_text_rate": 0.1}
+    healthy |= {"truncated_rate": 0.0, "no_answer_rate": 0.0}
     healthy |= {"verifier_recall_right": 0.9, "verifier_recall_wrong": 0.6}
     return [healthy | {"step": step} | changes for step in range(1, 6)]
 
@@ -2055,7 +2056,7 @@ def test_stage_one_says_what_can_be_learned(capsys):
     dialogues = solved(True, False, False, False)
     A.report_stage_one(dialogues, A.baselines(dialogues, A.Config()), set())
     shown = " ".join(capsys.readouterr().out.split())
-    expected = ["0.0 to 0.1 3 ####", "0.9 to 1.0 1 ####", "mean: solve 0.25, verify 0.25"]
+    expected = ["0.0 to 0.1 3 ####", "0.9 to 1.0 1 ####", "solve role, mean 0.25"]
     expected += ["never solved 75%, always solved 25%", "pass@1 of the reference 0.25"]
     assert all(part in shown for part in expected)
 
