@@ -2359,12 +2359,11 @@ def voting(dialogues: Sequence[Dialogue], n: int) -> dict[str, float]:
     seen = defaultdict(list)
     for start in range(0, len(dialogues), n):
         group = dialogues[start : start + n]
-        firsts = [dialogue.attempts[0] for dialogue in group]
-        wrong = sum(not attempt.correct for attempt in firsts)
+        wrong = sum(not dialogue.attempts[0].correct for dialogue in group)
         for k in sorted({2**i for i in range(n.bit_length())} | {n}):
             seen[f"pass@{k}"].append(1 - math.comb(wrong, k) / math.comb(n, k))
         judged = [pair for d in group for pair in zip(d.attempts, d.checks)]
-        plain = majority(attempt.answer for attempt in firsts)
+        plain = majority(dialogue.attempts[0].answer for dialogue in group)
         accepted = majority(attempt.answer for attempt, check in judged if check.verdict)
         for name, vote in (("maj", plain), ("pag", accepted or plain)):
             seen[f"{name}@{n}"].append(is_equiv(vote, group[0].problem.answer))

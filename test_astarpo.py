@@ -1018,25 +1018,11 @@ def test_an_update_that_is_not_finite_leaves_the_weights_alone(dtype, problems):
     assert policy.scaler.get_scale() == (scale / 2 if dtype == "float16" else 1)
 
 
-SHARED = {"acc_t1", "acc_final", "verifier_balanced_acc", "revision_rate"}
-SHARED |= {"answer_change_ratio", "response_tokens"}
-METRICS = SHARED | {
-    "step",
-    "loss",
-    "reward_solve",
-    "reward_verify",
-    "reward_revise",
-    "v_star",
-    "kl",
-}
-METRICS |= {
-    "entropy",
-    "grad_norm",
-    "lr",
-    "tokens_per_second",
-}
-SUMMARY = SHARED | {"n", "verifier_pool_balanced_acc", "fixed", "broken", "groups"}
-SUMMARY |= {"no_answer_rate", "truncated_rate"}
+SHARED = {"acc_t1", "acc_final", "verifier_balanced_acc", "revision_rate", "answer_change_ratio"}
+SHARED |= {"fixed", "broken", "response_tokens", "no_answer_rate", "truncated_rate"}
+METRICS = SHARED | {"step", "loss", "reward_solve", "reward_verify", "reward_revise", "v_star"}
+METRICS |= {"kl", "entropy", "grad_norm", "lr", "tokens_per_second"}
+SUMMARY = SHARED | {"n", "verifier_pool_balanced_acc", "groups"}
 SMALL = "--seed 5 --steps 2 --batch-size 8 --train-limit 8 --eval-limit 16 --num-samples 2 "
 SMALL += "--max-new-tokens 32 --threads 1 --out"
 
