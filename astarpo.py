@@ -2304,7 +2304,7 @@ def wilson(values: np.ndarray) -> list[float]:
     """95 % interval of the mean of some shares (Wilson 1927): unlike mean +- 2 s it is right near 0
     and 1. Shares in between spread less than zeros and ones do, and count for more of them."""
     p, z = values.mean(), 1.959964  # the normal distribution has 95 % within +- z
-    n = len(values) * (p * (1 - p) / values.var() if values.var() else 1)
+    n = len(values) * (p * (1 - p) / values.var() if len(set(values)) > 1 else 1)
     centre, spread = n * p + z * z / 2, z * math.sqrt(n * p * (1 - p) + z * z / 4)
     return [(centre - spread) / (n + z * z), (centre + spread) / (n + z * z)]
 
@@ -2313,8 +2313,8 @@ def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
     """What an evaluation with k dialogues a problem says: of all, of each level and subject."""
     groups = defaultdict(list)
     for dialogue in dialogues:
-        level, subject = f"level {dialogue.problem.level}", dialogue.problem.subject
-        for title in ("all", level, subject):
+        problem = dialogue.problem
+        for title in {"all", f"level {problem.level}", problem.subject}:
             groups[title].append(dialogue)
     found = {}
     for title, group in sorted(groups.items()):
@@ -2426,8 +2426,8 @@ def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour
 
     label = metric
     for style, runs in zip(itertools.cycle(("-", "--", ":", "-.")), groups.values()):
-        columns = [{m["step"]: m.get(metric) for m in run} for run in runs]
-        raw = pandas.DataFrame(columns, dtype=float).T  # (steps, runs); nan where there is none
+        curves = [{m["step"]: m.get(metric) for m in run} for run in runs]
+        raw = pandas.concat([pandas.Series(curve, dtype=float) for curve in curves], axis=1)
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
         axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)

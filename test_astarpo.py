@@ -2011,8 +2011,7 @@ def test_evaluations_on_the_way_keep_the_best_model_and_a_logger_gets_all_number
 
 def made_metrics(**changes: object) -> list[dict]:
     """Five healthy training batches, but for the changes."""
-    healthy = dict.fromkeys(METRICS, 0.5) | {"kl": 1.0, "response_tokens": 20.0, "skipped": 0.0}
-    healthy |= {"truncated_rate": 0.0, "no_answer_rate": 0.0}
+    healthy = dict.fromkeys(METRICS, 0.5) | {"response_tokens": 20.0, "skipped": 0.0}
     healthy |= {"verifier_recall_right": 0.9, "verifier_recall_wrong": 0.6}
     return [healthy | {"step": step} | changes for step in range(1, 6)]
 
@@ -2083,15 +2082,15 @@ def test_runs_are_drawn_into_six_panels_and_those_of_several_seeds_into_a_band(
     bands = [band.get_datalim(axes[0].transData).intervaly.tolist() for band in axes[0].collections]
     assert bands == [[6.5, 7.5], [8.5, 8.5]]  # of the losses: two seeds, then one
     assert [t.get_text() for t in drawn[0].legends[0].get_texts()] == ["lr 0.0003", "lr 0.5"]
-    dialogues = [A.to_dialogue(row) for row in A.read_lines(finished / "v_star.jsonl")[1:]]
-    v_star = A.baselines(dialogues, A.read_config(finished / "config.json"))
-    expected, _ = np.histogram([v_star[i, "solve"] for i in range(8)], 10, (0, 1))
-    heights = np.array([bar.get_height() for bar in axes[5].patches]).reshape(-1, 10)
-    assert heights.sum(0).tolist() == (3 * expected).tolist()
+    v_star = [bar.get_height() for bar in axes[5].patches]
+    assert sum(v_star) == 3 * 8  # every problem of every run has its place
 
 
 def test_a_picture_needs_a_run_and_matplotlib(finished, tmp_path, monkeypatch, capsys):
     assert "is not the config.json of a run" in refused(capsys, "plot", tmp_path)
+    run = shutil.copytree(finished, tmp_path / "new")
+    (run / "metrics.jsonl").unlink()  # before its first step there is little to see
+    assert "written to" in told(capsys, "plot", run, "--out", tmp_path / "new.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(capsys, "plot", finished)
 
