@@ -2303,8 +2303,9 @@ def shares_right(dialogues: Sequence[Dialogue], attempt: int) -> np.ndarray:
 def wilson(values: np.ndarray) -> list[float]:
     """95 % interval of the mean of some shares (Wilson 1927): unlike mean +- 2 s it is right near 0
     and 1. Shares in between spread less than zeros and ones do, and count for more of them."""
-    p, z = values.mean(), 1.959964  # the normal distribution has 95 % within +- z
-    n = len(values) * (p * (1 - p) / values.var() if len(set(values)) > 1 else 1)
+    p, variance = values.mean().item(), values.var().item()
+    n = len(values) * (p * (1 - p) / variance if len(set(values)) > 1 else 1)
+    z = 1.959964  # the normal distribution has 95 % within +- z
     centre, spread = n * p + z * z / 2, z * math.sqrt(n * p * (1 - p) + z * z / 4)
     return [(centre - spread) / (n + z * z), (centre + spread) / (n + z * z)]
 
