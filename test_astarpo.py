@@ -905,7 +905,7 @@ CHATML = (
         ("{{ bos_token }}" + TEMPLATE, ""),
         ("{{ bos_token }}<|system|>Be brief.<|end|>" + TEMPLATE, ""),
         (CHATML, "<|im_end|>\n"),
-        (A.PLAIN_CHAT, "\n\nAssistant: "),
+        (A.PLAIN, "\n\nAssistant: "),
     ],
 )
 def test_a_dialogue_is_what_its_chat_template_would_write(template, end, base, problems):
@@ -1424,10 +1424,14 @@ NO_CONFIGS += [b'{"lr": null}', b'{"gradient_checkpointing": "no"}', b'{"learnin
         ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\xff"), "line 1: not JSON in UTF-8"),
         ("a.jsonl", b"[" * 99999 + b"\n", "line 1: not JSON"),
         ("a.jsonl", b'{"problem": "1 + 1?"}\n', "holds no problems .* 1 have no answer"),
-        ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', r"line 1: no text .*there are answer;"),
-        ("a.jsonl", b"[1]\n", "line 1: no text in problem,question,prompt"),
+        (
+            "a.jsonl",
+            b'{"problem": {}, "answer": "2"}\n',
+            "line 1: --problem-.* is not in .'answer'.$",
+        ),
+        ("a.jsonl", b"[1]\n", "line 1: --problem-column"),
         ("a.json", b"", "cannot be read"),
-        ("a.csv", b"x,y\n1,2\n", "row 0: no text in problem,"),
+        ("a.csv", b"x,y\n1,2\n", "row 0: --problem-column .*'x', 'y'"),
         ("a.parquet", b"PAR1" + b"noise" * 99, "cannot be read"),
         *(("config.json", content, "is not the config.json of a run") for content in NO_CONFIGS),
     ],
@@ -1462,11 +1466,10 @@ def test_the_marker_after_an_answer_ends_a_turn_but_in_a_problem_it_is_mere_text
     "damage, complaint",
     [
         (lambda model: os.truncate(model / "model.safetensors", 50_000), "cannot be loaded"),
-        (lambda model: [f.unlink() for f in model.glob("*token*")], "tokenizer has 1 tokens"),
+        (lambda model: [f.unlink() for f in model.glob("*token*")], "no tokenizer"),
         (lambda model: (model / "config.json").unlink(), "model_type"),
         (lambda model: template(model, ONE_TURN), "no later turns are possible"),
         (lambda model: template(model, FORGETFUL), "later turns .* rewrites earlier ones"),
-        (lambda model: random_policy("gpt2").model.save_pretrained(model), "40 embeddings"),
     ],
 )
 def test_a_broken_model_is_one_sentence_and_leaves_no_folder(damage, complaint, tmp_path, capsys):
@@ -1533,7 +1536,7 @@ BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
         *((f"train {bad}", bad.split()[0] + " must be between") for bad in BAD_NUMBERS),
         ("train --temperature 0", "greedy"),
         ("train --train-data nowhere.jsonl", "nowhere.jsonl: no such file"),
-        ("train --problem-column tsak", "line 1: no text in tsak (there are problem, "),
+        ("train --problem-column tsak", "line 1: --problem-column tsak is not in ['problem'"),
         ("train --model nowhere", "nowhere: no such file"),
         ("train --device cuda:77", "cuda:77"),
         ("train --device abacus", "abacus"),
