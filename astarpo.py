@@ -1501,13 +1501,13 @@ def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
             left_out += 1
         else:
             problems.append(problem)
-    others = f"{left_out} have no answer or more tokens than --max-prompt-tokens"
+    others = f"{left_out} lack an answer or exceed --max-prompt-tokens"
     if not problems:
         raise UsageError(f"{source} holds no problems that can be used: {others}")
     if strange := [p.answer for p in problems if not readable(p.answer)]:
         print(f"{source}: {len(strange)} answers can only be met word for word, as", strange[:2])
-    example = f"{textwrap.shorten(problems[0].problem, 56)} -> {problems[0].answer[:16]}"
-    print(f"{source}: the first {len(problems)} problems, such as {example} ({others})")
+    print(f"{source}: {len(problems)} problems; {others}")
+    print(f"  {textwrap.shorten(problems[0].problem, 56)} -> {problems[0].answer[:16]}")
     return problems
 
 
