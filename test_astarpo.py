@@ -1424,11 +1424,7 @@ NO_CONFIGS += [b'{"lr": null}', b'{"gradient_checkpointing": "no"}', b'{"learnin
         ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\xff"), "line 1: not JSON in UTF-8"),
         ("a.jsonl", b"[" * 99999 + b"\n", "line 1: not JSON"),
         ("a.jsonl", b'{"problem": "1 + 1?"}\n', "holds no problems .* 1 lack an answer"),
-        (
-            "a.jsonl",
-            b'{"problem": {}, "answer": "2"}\n',
-            "line 1: --problem-.* is not in .'answer'.$",
-        ),
+        ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', "line 1: .* is not in .'answer'.$"),
         ("a.jsonl", b"[1]\n", "line 1: --problem-column"),
         ("a.json", b"", "cannot be read"),
         ("a.csv", b"x,y\n1,2\n", "row 0: --problem-column .*'x', 'y'"),
@@ -1989,9 +1985,8 @@ def test_evaluations_on_the_way_keep_the_best_model_and_a_logger_gets_all_number
 ):
     sent: dict[tuple[str, int], float] = {}
     writer = types.SimpleNamespace(add_scalar=lambda k, v, step: sent.update({(k, step): v}))
-    logger = types.SimpleNamespace(__spec__="is there", SummaryWriter=lambda folder: writer)
-    for name in ("tensorboard", "torch.utils.tensorboard"):
-        monkeypatch.setitem(sys.modules, name, logger)
+    logger = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", logger)
     wild = {"steps": 6, "lr": 0.01, "warmup": 12}  # learns something, then forgets everything
     config = quick(**wild, eval_every=2, seed=2, log_to="tensorboard", out=str(tmp_path / "run"))
     A.train(config)
