@@ -1514,15 +1514,16 @@ def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
 def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
     """(place, row) for each line; the place ("file, line 3") is for error messages. Of a file that
     need not be `whole`, as a kill can leave half a line, the rows up to the first broken one."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        place = f"{path}, line {number}"
-        try:
-            if line.strip():
-                yield place, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if whole:
-                raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error
-            return print(f"{place}: cut off, left out from here on")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path}, line {number}"
+            try:
+                if line.strip():
+                    yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if whole:
+                    raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error
+                return print(f"{place}: cut off, left out from here on")
 
 
 def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
