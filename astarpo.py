@@ -104,7 +104,6 @@ import dataclasses
 import functools
 import hashlib
 import heapq
-import importlib.util
 import io
 import itertools
 import json
@@ -204,8 +203,8 @@ class Config:
     max_prompt_tokens: int = option(128, "longer problems are left out", AT_LEAST_1, on=ALL)
     train_limit: int = option(256, "use the first so many training problems (0: all)")
     eval_limit: int = option(500, "use the first so many held-out problems (0: all)", on=BOTH)
-    problem_column: str = option("", "column of the problem's text (default: usual ones)", on=BOTH)
-    answer_column: str = option("", "column of the answer or worked solution (likewise)", on=BOTH)
+    problem_column: str = option("problem,question,prompt", "columns with the problem", on=BOTH)
+    answer_column: str = option("answer,final_answer,solution", "the same, the answer", on=BOTH)
     v_star: str = option("", "begin with this v_star.jsonl of an earlier run")
     drop_unsolved: bool = option(False, "leave out problems that no stage-1 sample solved")
     minibatches: int = option(1, "updates a batch; above 1 is off-policy (paper: 2)", AT_LEAST_1)
@@ -247,7 +246,6 @@ class Problem:
     index: int
     problem: str
     answer: str
-    solution: str = ""
     level: int | None = None
     subject: str = ""
 
@@ -1297,8 +1295,8 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
-    """Hide the progress bars and warnings of other libraries, and make of whatever they raise (each
-    has its own kinds, dozens of them) one sentence that begins with `what`."""
+    """Hide the progress bars of other libraries, and make of whatever they raise (each has its own
+    kinds, dozens of them) one sentence that begins with `what`."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
@@ -1310,10 +1308,8 @@ def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
         raise kind(f"{what}: {reason}") from error
 
 
-SHOWN = {  # metric: its name on the progress line
-    "loss": "loss", "acc_t1": "t1", "acc_final": "final", "verifier_balanced_acc": "verify",
-    "kl": "kl",
-}  # fmt: skip
+# Metrics and their names on the progress line. (Not the loss: section 8 says why.)
+SHOWN = {"acc_t1": "t1", "acc_final": "final", "verifier_balanced_acc": "verify", "kl": "kl"}
 
 
 def progress(label: str, total: int, done: int = 0) -> tqdm:
@@ -1326,41 +1322,33 @@ def progress(label: str, total: int, done: int = 0) -> tqdm:
 def check_options(config: Config, command: str) -> Config:
     """Refuse nonsense, with a UsageError, before anything is loaded. Returns the options, with the
     command's temperature if none was given."""
-    given, usual = config.temperature, 1.0 if command == "train" else 0.0
-    config = dataclasses.replace(config, temperature=float(usual if given is None else given))
+    if config.temperature is None:
+        config = dataclasses.replace(config, temperature=1.0 if command == "train" else 0.0)
     for item in dataclasses.fields(config):
         flag, value = "--" + item.name.replace("_", "-"), getattr(config, item.name)
-        (low, high), choices = item.metadata["within"], item.metadata["choices"]
-        if choices and value not in choices:
-            raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+        low, high = item.metadata["within"]
         if isinstance(value, int | float) and not (low <= value <= high and value < 2**63):
-            limits = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-            raise UsageError(f"{flag} must be {limits}, not {value}")
-        if command == "train" and "train" not in item.metadata["on"] and value != item.default:
-            raise UsageError(f"{flag} is for evaluation only")
-    if config.v_star and not Path(config.v_star).is_file():
-        raise UsageError(f"--v-star {config.v_star}: no such file")
-    if config.log_to != "none" and not importlib.util.find_spec(config.log_to):
-        raise UsageError(f"--log-to {config.log_to}: pip install {config.log_to}")
-    if config.batch_size % config.group:
-        raise UsageError(f"--batch-size must be a multiple of --group {config.group}")
-    if config.loss == "grpo" and config.group == 1:
-        raise UsageError("--loss grpo needs --group above 1: a group of one has no advantage")
-    learned = config.search or config.loss == "ppo" or config.baseline == "value"
-    if not config.num_samples and (learned or config.drop_unsolved):
-        raise UsageError("--num-samples 0 leaves out stage 1, which other options here need")
-    if command == "train" and config.temperature == 0:
-        raise UsageError("--temperature 0 is greedy: training needs samples; use 1")
-    if config.parallel == "fsdp" and config.lora:
-        raise UsageError("--parallel fsdp does not go with --lora: use ddp")
-    if command != "train" and config.samples > 1 and (config.temperature == 0 or config.search):
-        raise UsageError(
-            "--samples above 1 needs --temperature above 0 and no --search: else all agree"
-        )
+            raise UsageError(f"{flag} must be between {low:g} and {high:g}, not {value}")
+    c, learning, greedy = config, command == "train", config.temperature == 0
+    needs_v = c.drop_unsolved or c.search or c.loss == "ppo" or c.baseline == "value"
+    for wrong, sentence in (
+        (c.v_star and not Path(c.v_star).is_file(), f"--v-star {c.v_star}: no such file"),
+        (c.batch_size % c.group, f"--batch-size must be a multiple of --group {c.group}"),
+        (c.loss == "grpo" and c.group == 1, "--loss grpo needs --group above 1"),
+        (needs_v and not c.num_samples, "--num-samples 0 leaves out stage 1, which is needed here"),
+        (c.parallel == "fsdp" and c.lora, "--parallel fsdp goes not with --lora: use ddp"),
+        (learning and greedy, "--temperature 0 is greedy: training needs samples; use 1"),
+        (learning and c.top_p < 1, "--top-p is for evaluation: training samples the policy itself"),
+        ((greedy or c.search) and c.samples > 1, "--samples needs --temperature and no --search"),
+    ):
+        if wrong:
+            raise UsageError(sentence)
     return config
 
 
 # --- B. Loading and saving ------------------------------------------------------------------------
+
+PLAIN = "{% for m in messages %}{{ m.role | title }}: {{ m.content }}\n\n{% endfor %}Assistant: "
 
 
 def local(name: str) -> Path:
@@ -1368,22 +1356,14 @@ def local(name: str) -> Path:
     path = next(filter(Path.exists, (Path(name), HERE / name)), Path(name))
     if not path.exists() and name.count("/") != 1:
         raise UsageError(f"{name}: no such file or folder")
-    return path
-
-
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m.role.capitalize() + ': ' + m.content + '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
-)
+    return path.resolve() if path.exists() else path  # a LoRA checkpoint notes where its base lies
 
 
 def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or the hub; a LoRA checkpoint is merged into its base."""
     path = local(name)
     path = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # the folder of a run
-    if path.exists():
-        path = path.resolve()  # an adapter's checkpoint remembers where its base lies
-    else:
+    if not path.exists():
         print(f"{name} is no folder here: looking on the Hugging Face hub")
     options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     with trying(f"--model {name} cannot be loaded"):
@@ -1394,30 +1374,21 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             model = model.merge_and_unload()
             model.had_adapters = True
         else:
-            options["output_loading_info"] = True
-            model, info = AutoModelForCausalLM.from_pretrained(str(path), **options)
-            if missing := sorted(info["missing_keys"]):
-                raise ValueError(f"its weights lack {len(missing)} tensors ({missing[0]}…)")
+            model = AutoModelForCausalLM.from_pretrained(str(path), **options)
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):
-            raise ValueError(f"{len(tokenizer)} tokens, but embeddings of {rows} only")
-        if tokenizer.chat_template is None:
-            print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
-            tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN_TEMPLATE
-        prompt = encode(tokenizer, render(tokenizer, [{"role": "user", "content": "2 + 3?"}]))
-        if "2 + 3" not in tokenizer.decode(prompt):  # without its files a tokenizer comes empty
-            raise ValueError("no tokenizer, or a chat template that drops what the user says")
+        if not encode(tokenizer, "2 + 3"):  # without its files a tokenizer comes empty
+            raise ValueError("it has no tokenizer")
+    if tokenizer.chat_template is None:
+        print(f"{name} has no chat template: a plain one (User: ... Assistant: ...) is used")
+        tokenizer.chat_template = (tokenizer.bos_token or "") + PLAIN
     return model.eval(), tokenizer
 
 
 def load_policy(config: Config) -> Policy:
     """Load any causal language model of the Hugging Face format, ready to be trained."""
-    name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = name if config.device == "auto" else config.device
-    if ":" in name and dist.is_initialized():
-        raise UsageError(f"--device {name}: under torchrun each process takes a GPU of its own")
-    with trying(f"--device {name}"):
-        device = torch.empty(0, device=name).device
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    with trying(f"--device {config.device}"):
+        device = torch.empty(0, device=best if config.device == "auto" else config.device).device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     best = "float32" if device.type == "cpu" else "bfloat16" if bf16 else "float16"
     dtype = getattr(torch, best if config.dtype == "auto" else config.dtype)
@@ -1428,8 +1399,7 @@ def load_policy(config: Config) -> Policy:
     torch.set_num_threads(config.threads or (1 if millions < 10 else os.cpu_count() or 1))
     # cuDNN plans its attention anew for each length: 87 ms a sampled token on an H100, not 24.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    half = dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=half)
+    scaler = torch.amp.GradScaler(device.type, 2.0**12, enabled=dtype == torch.float16)
     ends = turn_ends(model, tokenizer)
     policy = Policy(model.to(device), tokenizer, ends, device, dtype, scaler=scaler)
     check_model(config.model, policy)
@@ -1438,10 +1408,7 @@ def load_policy(config: Config) -> Policy:
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
-        with trying(f"--model {config.model} goes not with --gradient-checkpointing"):
-            model.activation_checkpointing_enable()
-        for layer in blocks(model):  # `method` sets their training flag: no dropout may wake by it
-            vars(layer).update({name: 0.0 for name in vars(layer) if "dropout" in name})
+        model.activation_checkpointing_enable()
     return policy
 
 
@@ -1465,10 +1432,8 @@ def turn_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def bridge_text(tokenizer: Any, request: str) -> str:
     """What the template writes after a response and before the next one, found with a stand-in.
-
-    Raises UsageError for a template that changes what was said before (some drop a model's earlier
-    thoughts): the policy would then be scored on a text that it did not write.
-    """
+    Raises UsageError if it changes what was said before (some templates drop a model's earlier
+    thoughts): the policy would then be scored on a text that it did not write."""
     question = {"role": "user", "content": "Q"}
     answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA"}
     with trying("no later turns are possible (use --revisions 0 or another chat_template)"):
@@ -1500,165 +1465,119 @@ def check_model(name: str, policy: Policy) -> None:
             raise ValueError("it needs more than a key/value cache, or caps its logits")
 
 
+def check_context(policy: Policy, config: Config) -> None:
+    """The longest possible dialogue must fit into the model's context."""
+    requests = [VERIFY_PROMPT, REVISE_PROMPT] * config.revisions
+    longest = config.max_prompt_tokens + (1 + len(requests)) * config.max_new_tokens
+    longest += sum(len(policy.bridge_ids(request, ended=False)) for request in requests)
+    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    if longest > context:
+        raise UsageError(f"a dialogue may take {longest} tokens, the model's context has {context}")
+
+
 def weights_hash(model: Any) -> str:
     """Which weights are these? A hash over every tensor, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if "lora_" not in name:  # adapters start as nothing: which nothing does not matter
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
 def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
-    """The first problems of --train-data (split "train") or --eval-data ("test"), each once, less
-    those without an answer and those that are too long."""
+    """The first problems of --train-data (split "train") or --eval-data ("test") that have an
+    answer and are not too long."""
     check_context(policy, config)
-    source = {"train": config.train_data, "test": config.eval_data}[split]
-    limit = {"train": config.train_limit, "test": config.eval_limit}[split] or math.inf
-    kept: dict[str, Problem] = {}
-    left_out: Counter[str] = Counter()
-    rows, row = 0, {}
-    for rows, (place, row) in enumerate(read_rows(source, split), start=1):
-        if len(kept) == limit:
-            continue  # it only counts
-        problem = to_problem(row, rows - 1, place, config)
-        if no_answer(problem.answer):
-            left_out["have no answer"] += 1
-        elif problem.problem in kept:
-            left_out["came before"] += 1
-        elif len(policy.prompt_ids(problem)) > config.max_prompt_tokens:
-            left_out[f"are longer than --max-prompt-tokens {config.max_prompt_tokens}"] += 1
+    source = config.train_data if split == "train" else config.eval_data
+    limit = config.train_limit if split == "train" else config.eval_limit
+    problems: list[Problem] = []
+    left_out = 0
+    for index, (place, row) in enumerate(read_rows(source, split)):
+        if len(problems) == limit > 0:
+            break
+        problem = to_problem(row, index, place, config)
+        if no_answer(problem.answer) or len(policy.prompt_ids(problem)) > config.max_prompt_tokens:
+            left_out += 1
         else:
-            kept[problem.problem] = problem
-    why = "".join(f"; {count} {reason}" for reason, count in left_out.items())
-    if not kept:
-        why += f"; there are the columns {', '.join(row)}" if row else ""
-        raise UsageError(f"{source} holds no problems that can be used{why}")
-    taken = [*kept.values()]
-    if strange := [problem.answer for problem in taken if not readable(problem.answer)]:
+            problems.append(problem)
+    others = f"{left_out} lack an answer or exceed --max-prompt-tokens"
+    if not problems:
+        raise UsageError(f"{source} holds no problems that can be used: {others}")
+    if strange := [p.answer for p in problems if not readable(p.answer)]:
         print(f"{source}: {len(strange)} answers can only be met word for word, as", strange[:2])
-    print(f"{source}: {len(taken)} of {rows} problems{why}. For example:")
-    for problem in taken[:2]:
-        print(f"  {textwrap.shorten(problem.problem, 56)} -> {problem.answer[:16]}")
-    return taken
+    print(f"{source}: {len(problems)} problems; {others}")
+    print(f"  {textwrap.shorten(problems[0].problem, 56)} -> {problems[0].answer[:16]}")
+    return problems
 
 
 def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
     """(place, row) for each line; the place ("file, line 3") is for error messages. Of a file that
     need not be `whole`, as a kill can leave half a line, the rows up to the first broken one."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                    json.dumps(row, ensure_ascii=False).encode()  # no broken UTF-8, no lone \ud800
-                except (ValueError, RecursionError) as error:
-                    if whole:
-                        raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error
-                    return print(f"{place}: cut off, left out from here on")
-                yield place, row
+            place = f"{path}, line {number}"
+            try:
+                if line.strip():
+                    yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if whole:
+                    raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error
+                return print(f"{place}: cut off, left out from here on")
 
 
 def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a local file or folder or of a hub data set; all but JSONL by `datasets`.
-
-    Of a set with several configurations (MATH has one a subject) all are read, but if one is called
-    main or default, as GSM8K has it, that one alone: the others tell the same problems again.
-    """
+    """(place, row) of a local file or folder or of a hub data set; all but JSONL by `datasets`. Of
+    several configurations (MATH has one a subject) all are read, but if one is called main or
+    default, as GSM8K has it, that one alone: the others tell the same problems again."""
     path = local(source)
-    kind = path.name.removesuffix(".gz").rpartition(".")[2].replace("jsonl", "json")
-    if path.is_file() and path.suffix not in (".gz", ".json", ".parquet", ".csv"):
+    if path.is_file() and path.suffix not in (".json", ".parquet", ".csv"):
         yield from read_jsonl(path)
         return
     import datasets
 
     with trying(f"{source} cannot be read"):
         if path.is_file():
-            parts = [datasets.load_dataset(kind, data_files=str(path))]
+            parts = [datasets.load_dataset(path.suffix[1:], data_files=str(path))]
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             parts = [datasets.load_from_disk(str(path))]
         else:
             names = datasets.get_dataset_config_names(str(path))
-            names = [name for name in names if name in ("main", "default")][:1] or names
+            names = [name for name in names if name in ("main", "default")] or names
             parts = [datasets.load_dataset(str(path), name) for name in names]
     for part in parts:
         splits = part if isinstance(part, dict) else {split: part}
-        name = next(name for name in (split, "train", "test", *splits) if name in splits)
+        name = split if split in splits else next(iter(splits))
         for number, row in enumerate(splits[name]):
             yield f"{source}, {name} row {number}", row
 
 
-COLUMNS = {  # MATH's columns, and what others call them
-    "problem": ["problem", "question", "prompt"],
-    "answer": ["answer", "final_answer", "reward_model", "solution"],
-    "solution": ["solution"],
-    "level": ["level"],
-    "subject": ["subject", "type"],
-}
-
-
 def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
     """Read a row in MATH's schema or in a common variant: other names, a box or GSM8K's #### in a
-    worked solution, a chat as prompt. No answer is ''. Raises UsageError with the place."""
-    if not isinstance(row, dict):
-        raise UsageError(f"{place}: not a JSON object")
-    named = {"problem": config.problem_column, "answer": config.answer_column}
-    columns = COLUMNS | {kind: [name.lower()] for kind, name in named.items() if name}
-    cells = {name.lower(): text_of(cell) for name, cell in row.items()}
-    found = {kind: next(filter(None, map(cells.get, names)), "") for kind, names in columns.items()}
-    if not found["problem"]:
-        there = ", ".join(f"{name} ({type(cell).__name__})" for name, cell in row.items())
-        remedy = f"there are {there}; --problem-column names another"
-        raise UsageError(f"{place}: no column '{columns['problem'][0]}' with a text ({remedy})")
-    answer, solution = found["answer"], found["solution"]
-    if re.search(r"####|\\boxed", answer) or answer == solution:
-        solution, answer = answer, extract_answer(answer) or ""
-    if listed := re.fullmatch(r"\[\s*(['\"])([^'\"]*)\1\s*\]", answer):  # "['5']"
-        answer = listed[2]
-    if not readable(answer):  # its backslashes may be doubled
-        answer = answer.replace("\\\\", "\\")
-    digits = re.search(r"\d+", found["level"])
+    worked solution. No answer is ''. Raises UsageError with the place."""
+    cells = row.items() if isinstance(row, dict) else ()
+    texts = {name.lower(): str(cell) for name, cell in cells if isinstance(cell, str | int | float)}
+
+    def first_of(columns: str) -> str:
+        return next(filter(None, map(texts.get, columns.lower().split(","))), "")
+
+    problem, answer = first_of(config.problem_column), first_of(config.answer_column)
+    if not problem:
+        raise UsageError(f"{place}: --problem-column {config.problem_column} is not in {[*texts]}")
+    if re.search(r"####|\\boxed", answer) or answer == first_of("solution"):
+        answer = extract_answer(answer) or ""
+    digits = re.search(r"\d+", first_of("level"))  # of "Level 5"
     level = int(digits[0]) if digits else None
-    return Problem(index, found["problem"], answer, solution, level, found["subject"])
-
-
-def text_of(cell: Any) -> str:
-    """The text in a cell, also of a chat that ends with the user's message, of verl's
-    {"ground_truth": ...}, of a list's only element; '' where there is none."""
-    match cell:
-        case [*_, {"role": "user", "content": inner}] | {"ground_truth": inner} | [inner]:
-            return text_of(inner)
-        case str() | int() | float():
-            return str(cell)
-    return ""
-
-
-def check_context(policy: Policy, config: Config) -> None:
-    """The longest possible dialogue must fit into the model's context."""
-    requests = [VERIFY_PROMPT, REVISE_PROMPT] * config.revisions
-    bridges = sum(len(policy.bridge_ids(request, ended=False)) for request in requests)
-    responses = (1 + len(requests)) * config.max_new_tokens
-    longest = config.max_prompt_tokens + responses + bridges
-    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
-    if longest > context:
-        raise UsageError(
-            f"a dialogue may take {longest} tokens, but the model's context has {context}: lower "
-            "--max-prompt-tokens, --max-new-tokens or --revisions"
-        )
+    return Problem(index, problem, answer, level, first_of("subject,type"))
 
 
 @contextlib.contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
-    """Where to write a file or folder that takes its place, on the disk, only when it is whole."""
+    """Where to write a file or folder that takes its place only when it is whole."""
     partial = path.with_name(path.name + ".partial")
     with trying(f"{path} cannot be written", RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        for written in filter(Path.is_file, [partial, *partial.rglob("*")]):
-            with written.open("r+b") as file:
-                os.fsync(file.fileno())
         if path.is_dir():  # an earlier best/
             shutil.rmtree(path)
         partial.replace(path)

@@ -905,7 +905,7 @@ CHATML = (
         ("{{ bos_token }}" + TEMPLATE, ""),
         ("{{ bos_token }}<|system|>Be brief.<|end|>" + TEMPLATE, ""),
         (CHATML, "<|im_end|>\n"),
-        (A.PLAIN_TEMPLATE, "\n\n"),
+        (A.PLAIN, "\n\nAssistant: "),
     ],
 )
 def test_a_dialogue_is_what_its_chat_template_would_write(template, end, base, problems):
@@ -1331,8 +1331,7 @@ BOX = r"so \boxed{5}"
         ({"problem": "P", "solution": BOX, "level": "Level 2", "type": "x"}, 2),
         ({"question": "P", "answer": "2 + 3 = 5\n#### 5"}, None),
         ({"prompt": "P", "answer": 5, "level": "Level ?"}, None),
-        ({"Problem": ["P"], "Answer": "['5']"}, None),
-        ({"prompt": [{"role": "user", "content": "P"}], "answer": {"ground_truth": "5"}}, None),
+        ({"Problem": "P", "Answer": "5"}, None),
         ({"task": "P", "worked": BOX, "answer": "no"}, None),
     ],
 )
@@ -1354,7 +1353,6 @@ ROWS = [{"problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(5)
         ("a.csv", lambda path: Dataset.from_list(ROWS).to_csv(path)),
         ("folder", lambda path: Dataset.from_list(ROWS).to_json(path / "train.jsonl")),
         ("bom.jsonl", lambda path: path.write_text("\n".join(map(json.dumps, ROWS)), "utf-8-sig")),
-        ("a.jsonl.gz", lambda path: Dataset.from_list(ROWS).to_json(path, compression="gzip")),
         ("saved", lambda path: Dataset.from_list(ROWS).save_to_disk(path)),
     ],
 )
@@ -1364,7 +1362,7 @@ def test_files_and_folders_of_all_common_formats_are_read(name, write, tmp_path,
     config = A.Config(train_data=str(tmp_path / name), train_limit=3)
     assert [p.answer for p in A.load_problems(base, config, "train")] == ["1", "2", "3"]
     shown = capsys.readouterr().out
-    assert "3 of 5 problems" in shown and "What is 1 + 1? -> 2" in shown
+    assert ": 3 problems; 0 lack" in shown and "What is 0 + 1? -> 1" in shown
 
 
 @pytest.mark.parametrize(
@@ -1388,20 +1386,18 @@ def test_of_a_data_set_the_right_parts_are_read(names, split, taken, tmp_path, b
 
 
 def test_what_cannot_be_used_is_left_out_and_counted(tmp_path, base, capsys):
-    answers = [None, "", "proof", "notfound", "5", "6", "a sentence, and more", r"\\frac12"]
+    answers = ["5", None, "", "proof", "notfound", "6", "a sentence, and more"]
     rows = [{"problem": f"P{n}", "answer": answer} for n, answer in enumerate(answers)]
-    rows += [{"problem": "Prove it."}, rows[4]]
+    rows += [{"problem": "Prove it."}, {"problem": "long " * 400, "answer": "5"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = A.Config(train_data=str(tmp_path / "a.jsonl"), train_limit=0)
     golds = [problem.answer for problem in A.load_problems(base, config, "train")]
-    assert golds == ["5", "6", "a sentence, and more", r"\frac12"]
-    shown = " ".join(capsys.readouterr().out.split())
-    for part in ("5 have no answer", "1 came before", "1 answers can only be met word for word"):
-        assert part in shown
+    assert golds == ["5", "6", "a sentence, and more"]
+    shown = capsys.readouterr().out
+    assert "6 lack an answer" in shown and "1 answers can only be met word for word" in shown
 
 
 GOOD_LINE = b'{"problem": "1 + 1?", "answer": "2"}\n'
-LONG_LINE = GOOD_LINE.replace(b"1 + 1", b"long " * 400)
 NO_CONFIGS = [b"no json", b"[1]", b"5", b"null", b'{"steps": "40"}', b'{"steps": 4.5}', b"\0"]
 NO_CONFIGS += [b'{"lr": null}', b'{"gradient_checkpointing": "no"}', b'{"learning_rate": 1}']
 
@@ -1411,15 +1407,13 @@ NO_CONFIGS += [b'{"lr": null}', b'{"gradient_checkpointing": "no"}', b'{"learnin
     [
         ("a.jsonl", b"", "holds no problems"),
         ("a.jsonl", GOOD_LINE + b"not json\n", "line 2: not JSON"),
-        ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\\ud800"), "line 1: not JSON in UTF-8"),
         ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\xff"), "line 1: not JSON in UTF-8"),
         ("a.jsonl", b"[" * 99999 + b"\n", "line 1: not JSON"),
-        ("a.jsonl", b'{"problem": "1 + 1?"}\n', "holds no problems .*columns problem$"),
-        ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', r"line 1: .*problem \(dict\), answer"),
-        ("a.jsonl", LONG_LINE, "holds no problems .* 1 are longer"),
-        ("a.jsonl", b"[1]\n", "line 1: not a JSON object"),
+        ("a.jsonl", b'{"problem": "1 + 1?"}\n', "holds no problems .* 1 lack an answer"),
+        ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', "line 1: .* is not in .'answer'.$"),
+        ("a.jsonl", b"[1]\n", "line 1: --problem-column"),
         ("a.json", b"", "cannot be read"),
-        ("a.csv", b"x,y\n1,2\n", "row 0: no column 'problem'"),
+        ("a.csv", b"x,y\n1,2\n", "row 0: --problem-column .*'x', 'y'"),
         ("a.parquet", b"PAR1" + b"noise" * 99, "cannot be read"),
         *(("config.json", content, "is not the config.json of a run") for content in NO_CONFIGS),
     ],
@@ -1432,7 +1426,6 @@ def test_a_bad_file_is_one_sentence_that_names_it(name, content, complaint, tmp_
     assert re.search(complaint, error) and str(file) in error and not (tmp_path / "out").exists()
 
 
-SILENT = "{% for m in messages %}<|user|>{% endfor %}"
 ONE_TURN = "{{ messages[0].content }}{% if messages[1:] %}{{ raise_exception('1') }}{% endif %}"
 FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 
@@ -1457,10 +1450,8 @@ def test_the_marker_after_an_answer_ends_a_turn_but_in_a_problem_it_is_mere_text
         (lambda model: os.truncate(model / "model.safetensors", 50_000), "cannot be loaded"),
         (lambda model: [f.unlink() for f in model.glob("*token*")], "no tokenizer"),
         (lambda model: (model / "config.json").unlink(), "model_type"),
-        (lambda model: template(model, SILENT), "drops what"),
         (lambda model: template(model, ONE_TURN), "no later turns are possible"),
         (lambda model: template(model, FORGETFUL), "later turns .* rewrites earlier ones"),
-        (lambda model: random_policy("gpt2").model.save_pretrained(model), "embeddings of 40 only"),
     ],
 )
 def test_a_broken_model_is_one_sentence_and_leaves_no_folder(damage, complaint, tmp_path, capsys):
@@ -1510,24 +1501,17 @@ def test_solve_prints_a_dialogue(capsys):
     assert "[cut off]" in told(capsys, *asked, "--temperature", 50, "--max-new-tokens", 8)
 
 
-BAD_NUMBERS = (
-    "--lr 7",
-    "--beta1 0",
-    "--beta2 nan",
-    "--beta2 inf",
-    "--steps -1",
-    "--num-samples -1",
-)
-BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
+BAD_NUMBERS = "--lr 7; --beta1 0; --beta2 nan; --beta2 inf; --steps -1; --num-samples -1"
+BAD_NUMBERS += f"; --steps {'9' * 400}; --temperature -1; --max-grad-norm 0"
 
 
 @pytest.mark.parametrize(
     "command, complaint",
     [
-        *((f"train {bad}", bad.split()[0] + " must be at least") for bad in BAD_NUMBERS),
+        *((f"train {bad}", bad.split()[0] + " must be between") for bad in BAD_NUMBERS.split("; ")),
         ("train --temperature 0", "greedy"),
         ("train --train-data nowhere.jsonl", "nowhere.jsonl: no such file"),
-        ("train --problem-column tsak", "line 1: no column 'tsak' with a text (there are "),
+        ("train --problem-column tsak", "line 1: --problem-column tsak is not in ['problem'"),
         ("train --model nowhere", "nowhere: no such file"),
         ("train --device cuda:77", "cuda:77"),
         ("train --device abacus", "abacus"),
@@ -1537,10 +1521,9 @@ BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
         ("train --loss ppo --num-samples 0", "--num-samples 0 leaves out stage 1"),
         ("train --drop-unsolved --num-samples 0", "--num-samples 0 leaves out stage 1"),
         ("solve 1+1 --search 9 --num-samples 0", "--num-samples 0 leaves out stage 1"),
-        ("train --log-to tensorboard", "pip install tensorboard"),
         ("train --parallel fsdp --lora 4", "use ddp"),
         ("train --max-new-tokens 5000", "the model's context has"),
-        ("eval --model data/base --samples 4", "--samples above 1 needs --temperature"),
+        ("eval --model data/base --samples 4", "--samples needs --temperature"),
         ("eval --model data/base --compare nowhere", "nowhere: no such file"),
         ("solve 1+1 --model data/base --max-new-tokens 5000", "the model's context has"),
         ("solve \n", "the problem is empty"),
@@ -1551,8 +1534,6 @@ def test_bad_options_are_one_sentence_and_leave_nothing_behind(
     command, complaint, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    if find := re.search("--log-to (.*)", command):
-        monkeypatch.setitem(sys.modules, find[1], None)  # as if it was not there
     assert complaint in refused(capsys, *command.split(" "))
     assert not [*tmp_path.iterdir()]
 
@@ -1600,9 +1581,8 @@ def test_given_options_count_before_a_config_file_and_that_before_a_preset(finis
     assert chosen(f"train --config {tmp_path / 'some.json'}") == A.Config(steps=7, lr=1.0)
     for preset in A.PRESETS.values():
         A.check_options(A.Config(**preset), "train")
-    for foreign in ({"samples": 2}, {"top_p": 0.9}, {"compare": "data/base"}):  # from Python
-        with pytest.raises(A.UsageError, match="is for evaluation only"):
-            A.train(quick(out="/dev/null", **foreign))
+    with pytest.raises(A.UsageError, match="is for evaluation"):
+        A.train(A.Config(out=os.devnull, top_p=0.9))
 
 
 def test_ctrl_c_keeps_what_was_learned_and_until_then_nobody_else_goes_on(tmp_path, capsys):
@@ -1671,8 +1651,8 @@ def undisturbed(tmp_path_factory) -> dict[str, Any]:
     return left_by(folder)
 
 
-SOAK = "ASTARPO_SOAK" in os.environ  # kill it at each of the 79 moments when it touches its folder
-MOMENTS = range(1, 79) if SOAK else (4, 12, 49)  # at once, in stage 1, in the second save
+SOAK = "ASTARPO_SOAK" in os.environ  # kill it at each of the 57 moments when it touches its folder
+MOMENTS = range(1, 58) if SOAK else (3, 8, 37)  # at once, in stage 1, in the second save
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -1900,7 +1880,7 @@ def test_two_processes_make_the_run_of_one_also_when_one_of_them_is_killed(
 @pytest.mark.parametrize(
     "command, complaint",
     [
-        ("eval --model data/base --device cuda:0", "cuda:0: under torchrun each process"),
+        ("eval --model nowhere", "nowhere: no such file or folder"),
         ("train --resume nowhere", "holds no unfinished run"),
         ("train --steps many", "invalid int value: 'many'"),
     ],
@@ -1992,9 +1972,8 @@ def test_evaluations_on_the_way_keep_the_best_model_and_a_logger_gets_all_number
 ):
     sent: dict[tuple[str, int], float] = {}
     writer = types.SimpleNamespace(add_scalar=lambda k, v, step: sent.update({(k, step): v}))
-    logger = types.SimpleNamespace(__spec__="is there", SummaryWriter=lambda folder: writer)
-    for name in ("tensorboard", "torch.utils.tensorboard"):
-        monkeypatch.setitem(sys.modules, name, logger)
+    logger = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", logger)
     wild = {"steps": 6, "lr": 0.01, "warmup": 12}  # learns something, then forgets everything
     config = quick(**wild, eval_every=2, seed=2, log_to="tensorboard", out=str(tmp_path / "run"))
     A.train(config)
