@@ -117,7 +117,7 @@ import textwrap
 import threading
 import time
 import types
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -1409,6 +1409,8 @@ def load_policy(config: Config) -> Policy:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
+        for layer in blocks(model):  # `method` sets their training flag: no dropout may wake by it
+            vars(layer).update({name: 0.0 for name in vars(layer) if "dropout" in name})
     return policy
 
 
@@ -1472,7 +1474,8 @@ def check_context(policy: Policy, config: Config) -> None:
     longest += sum(len(policy.bridge_ids(request, ended=False)) for request in requests)
     context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
     if longest > context:
-        raise UsageError(f"a dialogue may take {longest} tokens, the model's context has {context}")
+        why = f"a dialogue may take {longest} tokens, the model's context has {context}: "
+        raise UsageError(why + "lower --max-prompt-tokens, --max-new-tokens or --revisions")
 
 
 def weights_hash(model: Any) -> str:
@@ -2460,7 +2463,7 @@ class Run(contextlib.AbstractContextManager):
         sizes = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
         asked = [(p.index, p.problem, p.answer) for p in problems]
         words = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT, policy.tokenizer.chat_template)
-        made_from = json.dumps([3, weights, sizes, asked, words])  # 3: the version of v_star.jsonl
+        made_from = json.dumps([4, weights, sizes, asked, words])  # 4: the version of v_star.jsonl
         self.mark = {"fingerprint": hashlib.sha256(made_from.encode()).hexdigest()[:16]}
         # What "auto" has become here, so that a run that goes on computes in the same way.
         found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
