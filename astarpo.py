@@ -1336,8 +1336,6 @@ def check_options(config: Config, command: str) -> Config:
             raise UsageError(f"{flag} must be {limits}, not {value}")
         if command == "train" and "train" not in item.metadata["on"] and value != item.default:
             raise UsageError(f"{flag} is for evaluation only")
-    if config.v_star and not Path(config.v_star).is_file():
-        raise UsageError(f"--v-star {config.v_star}: no such file")
     if config.batch_size % config.group:
         raise UsageError(f"--batch-size must be a multiple of --group {config.group}")
     if config.loss == "grpo" and config.group == 1:
@@ -2552,8 +2550,6 @@ class Run(contextlib.AbstractContextManager):
     """The folder of a training run: what happens is written there, and read back by --resume."""
 
     def __init__(self, config: Config, resume: bool) -> None:
-        if resume and Path(config.out, "v_star.jsonl").exists():
-            config = dataclasses.replace(config, v_star="")  # it has its own copy
         self.config, self.resumed = check_options(config, "train"), resume
         self.folder = Path(config.out) if resume else new_folder(config.out)
         if resume and (self.folder / "summary.json").exists():  # the last thing that a run writes
@@ -2583,10 +2579,10 @@ class Run(contextlib.AbstractContextManager):
         made_from = json.dumps([3, weights, sizes, asked, words])  # 3: the version of v_star.jsonl
         self.mark = {"fingerprint": hashlib.sha256(made_from.encode()).hexdigest()[:16]}
         path = self.stage_one if self.stage_one.exists() else Path(config.v_star)
-        lines = read_lines(path) if path.is_file() else [self.mark]
+        lines = read_lines(path) if config.v_star or path.is_file() else [self.mark]
         if lines[:1] != [self.mark]:
-            made = "was made with other weights, problems, sampling options or another version"
-            raise UsageError(f"{path} {made}: put back what has changed, or begin a new run")
+            made = "with other weights, problems, sampling options or by another version"
+            raise UsageError(f"{path} is missing or was made {made}: begin a run without it")
         self.played = [to_dialogue(line) for line in lines[1:]]
         if not self.resumed:
             new_folder(str(self.folder))  # is it still free, after the loading?

@@ -1542,7 +1542,7 @@ BAD_NUMBERS += (f"--steps {'9' * 400}", "--temperature -1", "--max-grad-norm 0")
         ("train --model nowhere", "nowhere: no such file"),
         ("train --device cuda:77", "cuda:77"),
         ("train --device abacus", "abacus"),
-        ("train --v-star nowhere.jsonl", "no such file"),
+        ("train --v-star nowhere.jsonl", "nowhere.jsonl is missing or was made"),
         (f"train --v-star {DATA / 'dashboard.png'}", "was made with other weights"),
         ("train --loss grpo", "needs --group above 1"),
         ("train --loss ppo --num-samples 0", "--num-samples 0 leaves out stage 1"),
