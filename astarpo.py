@@ -2995,8 +2995,10 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         if item.name in heads:
             group = parser.add_argument_group(heads[item.name])
         if command in item.metadata["on"]:
-            takes = {"type": TYPES[item.type], "choices": item.metadata["choices"] or None}
-            if item.type == "bool":
+            kind, choices = TYPES[item.type], item.metadata["choices"] or None
+            name = None if choices else kind.__name__.upper()
+            takes = {"type": kind, "choices": choices, "metavar": name}
+            if kind is bool:
                 takes = {"action": argparse.BooleanOptionalAction}
             default = changed.get(item.name, item.default)
             text = item.metadata["help"] + f" (default: {default})" * (default not in ("", None))
