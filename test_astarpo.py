@@ -1601,7 +1601,7 @@ def test_given_options_count_before_a_preset_which_may_be_the_options_of_a_run(f
     assert chosen("train --preset a-po --batch-size 3").batch_size == 3
     assert chosen("train" + file).seed == 5 and chosen("train" + file).out == ""
     pag = chosen("eval --preset pag")
-    assert (pag.model, pag.eval_limit, pag.max_new_tokens) == ("data/base", 0, 1024)
+    assert (pag.model, pag.eval_limit) == (chosen("eval").model, 0) and pag.max_new_tokens == 1024
     assert A.check_options(chosen("eval" + file), "eval").temperature == 0
     (tmp_path / "some.json").write_text('{"steps": 7, "lr": 1}')
     assert chosen(f"train --preset {tmp_path / 'some.json'}") == A.Config(steps=7, lr=1.0)
