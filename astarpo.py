@@ -131,7 +131,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
+from filelock import FileLock
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -212,7 +212,6 @@ class Config:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", POSITIVE)
     eval_every: int = option(0, "evaluate every so many steps and keep the best model (0: never)")
     save_every: int = option(10, "keep a state to resume from every so many steps (0: never)")
-    log_to: str = option("none", "send the metrics to", choices=("none", "tensorboard", "wandb"))
     samples: int = option(1, "dialogues a problem (K)", AT_LEAST_1, on="eval")
     top_p: float = option(1.0, "share of the likeliest tokens that count", (1e-6, 1), on="eval")
     compare: str = option("", "a second model, or run, on the same problems", on="eval")
@@ -1332,7 +1331,6 @@ def check_options(config: Config, command: str) -> Config:
     c, learning, greedy = config, command == "train", config.temperature == 0
     needs_v = c.drop_unsolved or c.search or c.loss == "ppo" or c.baseline == "value"
     for wrong, sentence in (
-        (c.v_star and not Path(c.v_star).is_file(), f"--v-star {c.v_star}: no such file"),
         (c.batch_size % c.group, f"--batch-size must be a multiple of --group {c.group}"),
         (c.loss == "grpo" and c.group == 1, "--loss grpo needs --group above 1"),
         (needs_v and not c.num_samples, "--num-samples 0 leaves out stage 1, which is needed here"),
@@ -2323,7 +2321,7 @@ PANELS = (  # title, y axis, metrics
     ("Revisions", "share", ["revision_rate", "answer_change_ratio"]),
     ("Length and KL", "tokens a turn (blue)", ["response_tokens"]),
 )
-IDLE = ("seed", "out", "v_star", "eval_limit", "eval_every", "log_to", "threads", "device")
+IDLE = ("seed", "out", "v_star", "eval_limit", "eval_every", "threads", "device")
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[str, list[float]]]:
@@ -2425,35 +2423,32 @@ def diagnose(history: Metrics, told: set[str], window: int = WINDOW) -> None:
 # A long run is killed some day, and goes on as if nothing had happened. Its random numbers are a
 # pure function of what they are for (section 6), so the weights, AdamW's moments and the metrics so
 # far are all that stage 2 needs: state.pt has them, every --save-every steps. Stage 1's dialogues
-# are kept in parts, in v_star.jsonl. Of several processes the first one reads and writes.
+# are kept in parts, in v_star.jsonl. Of several processes all read, but only the first one writes.
 
 
 class Run(contextlib.AbstractContextManager):
     """The folder of a training run: what happens is written there, and read back by --resume."""
 
     def __init__(self, config: Config, resume: bool) -> None:
-        if resume and Path(config.out, "v_star.jsonl").exists():
-            config = dataclasses.replace(config, v_star="")  # it has its own copy
         self.config, self.resumed = check_options(config, "train"), resume
-        self.folder = Path(config.out) if resume else first(lambda: new_folder(config.out))
+        self.folder = Path(config.out) if resume else new_folder(config.out)
+        if resume and (self.folder / "summary.json").exists():  # the last thing that a run writes
+            raise UsageError(f"--resume: the run in {self.folder} is finished")
         self.stage_one = self.folder / "v_star.jsonl"
         self.metrics: Metrics = []  # of the steps so far
         self.evaluations: Metrics = []  # of --eval-every
         self.seconds: dict[str, float] = {}
         self.told: set[str] = set()  # the complaints so far: each comes once
         self.learner: Learner | None = None
-        self.lock: Any = contextlib.nullcontext()
+        self.lock = FileLock(self.folder / "lock")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """After Ctrl-C or an error, keep the model as it is (one of several processes cannot)."""
-        saved = ""
-        with self.lock:  # until now
-            if kind and self.learner and world()[1] == 1:
-                save_model(self.learner.policy, self.folder / "checkpoint")
-                saved = f"; {self.folder}/checkpoint is the model as it is now"
-        if kind is KeyboardInterrupt:
-            go_on = f"; go on with 'train --resume {self.folder}'" * is_unfinished(self.folder)
-            raise RunError(f"stopped{go_on}{saved}") from None
+        self.lock.release()
+        if kind and self.learner and world()[1] == 1:
+            save_model(self.learner.policy, self.folder / "checkpoint")
+        if kind is KeyboardInterrupt and (self.folder / "config.json").exists():
+            raise RunError(f"stopped; go on with 'train --resume {self.folder}'") from None
 
     def begin(self, policy: Policy, problems: list[Problem]) -> None:
         """Write config.json, and see that stage 1, where it is known, is of this model and these
@@ -2465,48 +2460,28 @@ class Run(contextlib.AbstractContextManager):
         words = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT, policy.tokenizer.chat_template)
         made_from = json.dumps([4, weights, sizes, asked, words])  # 4: the version of v_star.jsonl
         self.mark = {"fingerprint": hashlib.sha256(made_from.encode()).hexdigest()[:16]}
-        # What "auto" has become here, so that a run that goes on computes in the same way.
-        found = {"threads": torch.get_num_threads(), "dtype": str(policy.dtype)[6:]}
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-        versions["python"] = sys.version.split()[0]
-        about = vars(config) | found | {"weights": weights, "versions": versions}
-        self.played = first(lambda: self.open_folder(about))
-        self.send = number_sink(config, self.folder)
-
-    def open_folder(self, about: dict[str, Any]) -> list[dict[str, Any]]:
-        """What `begin` does on the disk. Returns the lines of stage 1 that are there."""
-        path = self.stage_one if self.stage_one.exists() else Path(self.config.v_star)
-        lines = read_lines(path) if path.is_file() else [self.mark]
+        path = self.stage_one if self.stage_one.exists() else Path(config.v_star)
+        lines = read_lines(path) if config.v_star or path.is_file() else [self.mark]
         if lines[:1] != [self.mark]:
-            raise UsageError(
-                f"{path} was made with other weights, problems, sampling options or by another "
-                "version: put back what has changed, or begin a new run without --v-star"
-            )
+            made = "with other weights, problems, sampling options or by another version"
+            raise UsageError(f"{path} is missing or was made {made}: begin a run without it")
+        self.played = [to_dialogue(line) for line in lines[1:]]
         if not self.resumed:
             new_folder(str(self.folder))  # is it still free, after the loading?
-            write_rows(self.folder / "config.json", [about], indent=2)
-        self.lock = (self.folder / "config.json").open(encoding="utf-8")
-        try:  # to keep others from going on with us; the system lets go when we are dead
-            import fcntl
-
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"--resume: the run in {self.folder} is still going on") from error
-        except (ImportError, OSError):  # Windows; a file system without locks
-            pass
-        return lines[1:]
+        if is_first():  # two of us must not go on with one run; a dead one lets go
+            with trying(f"the run in {self.folder} is still going on"):
+                self.lock.acquire(timeout=0)
+        write_rows(self.folder / "config.json", [config], indent=2)
 
     def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
         """Those of the wanted dialogues that have been played, in whole parts (a part is played
         together, and rounding depends on the company)."""
-        rows, size = self.played, PART * world()[1]
-        self.played = []  # they take memory
-        if len(rows) < len(wanted):
-            rows = rows[: len(rows) // size * size]
-        write_rows(self.stage_one, [self.mark, *rows])
-        done = [to_dialogue(row) for row in rows]
+        done, size = self.played, PART * world()[1]
+        if len(done) < len(wanted):
+            done = done[: len(done) // size * size]
         for dialogue in done:
             dialogue.pay(self.config)
+        write_rows(self.stage_one, [self.mark, *done])
         return done
 
     def keep(self, dialogues: Sequence[Dialogue]) -> None:
@@ -2515,18 +2490,29 @@ class Run(contextlib.AbstractContextManager):
 
     def after_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> list[Problem]:
         """Say what stage 1 found. Returns the problems to train on."""
-        if not dialogues:  # --num-samples 0
-            return []
-        report_stage_one(dialogues, v_star, self.told)
+        if dialogues:  # not with --num-samples 0
+            report_stage_one(dialogues, v_star, self.told)
         everything = not self.config.drop_unsolved
         kept = dict.fromkeys(d.problem for d in dialogues if everything or d.turns[0].correct)
-        if not kept:
+        if dialogues and not kept:
             raise RunError("stage 1 solved no problem: --drop-unsolved leaves nothing to train on")
         return list(kept)
 
     def steps(self, learner: Learner) -> Iterator[int]:
         """The steps that are still to be done; the learner is brought back to where they begin."""
-        self.restore(learner)
+        path = self.folder / "state.pt"
+        if path.exists():
+            with trying(f"{path} is damaged (remove it, and --resume begins stage 2 again)"):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                self.metrics, self.evaluations = state["metrics"], state["evaluations"]
+            print(f"going on after step {len(self.metrics)}")
+            learned = state["learned"]
+            with learner.policy.active():  # LoRA: adapters that are switched off count as frozen
+                set_state_dict(learner.policy.model, learner.optimizer, **learned, options=WHOLE)
+            learner.policy.scaler.load_state_dict(state["scaler"])
+        write_rows(self.folder / "metrics.jsonl", self.metrics)  # what came later is done again
+        if self.config.eval_every:
+            write_rows(self.folder / "eval.jsonl", self.evaluations)
         self.learner = learner  # from here on an error keeps its model
         with progress("stage 2", self.config.steps, len(self.metrics)) as self.bar:
             yield from range(len(self.metrics), self.config.steps)
@@ -2561,57 +2547,32 @@ class Run(contextlib.AbstractContextManager):
         self.bar.update()
         if self.bar.disable and step * 10 // steps > (step - 1) * 10 // steps:
             print(f"stage 2 {step}/{steps}  {numbers}", flush=True)
-        self.send(metrics)
         diagnose(self.metrics, self.told)
 
     def check_in(self, measure: Callable[[], Evaluation]) -> None:
         """--eval-every: a line of eval.jsonl, and in best/ the model of the best acc_final so far.
-        --save-every: a state to go on from."""
+        --save-every: state.pt, all that --resume needs in one file."""
         step, config = len(self.metrics), self.config
         if config.eval_every and step % config.eval_every == 0:
             summary = {"step": step, **measure()[0]}
-            shown = "after step {step}: acc_t1 {acc_t1:.3f}, acc_final {acc_final:.3f}"
-            tqdm.write(shown.format(**summary))
-            if all(summary["acc_final"] > earlier["acc_final"] for earlier in self.evaluations):
+            t1, final = summary["acc_t1"], summary["acc_final"]
+            tqdm.write(f"after step {step}: acc_t1 {t1:.3f}, acc_final {final:.3f}")
+            if all(final > earlier["acc_final"] for earlier in self.evaluations):
                 save_model(self.learner.policy, self.folder / "best")
             self.evaluations.append(summary)
             write_rows(self.folder / "eval.jsonl", [summary], append=True)
-            self.send({"step": step} | {f"eval/{name}": summary[name] for name in summary})
         if step == config.steps or (config.save_every and step % config.save_every == 0):
-            self.save()
-
-    def save(self) -> None:
-        """Write state.pt: all that --resume needs, in one file."""
-        model = self.learner.policy.model
-        learned = {name for name, p in model.named_parameters() if p.requires_grad}
-        weights, moments = get_state_dict(model, self.learner.optimizer, options=WHOLE)
-        state = {
-            "model": {n: w for n, w in weights.items() if n in learned},  # a tied head once
-            "optimizer": moments,
-            "scaler": self.learner.policy.scaler.state_dict(),
-            "metrics": self.metrics,
-            "evaluations": self.evaluations,
-        }
-        if is_first():
-            with whole_or_not(self.folder / "state.pt") as partial, partial.open("wb") as file:
-                torch.save(state, file)
-
-    def restore(self, learner: Learner) -> None:
-        """Go back to the state, if there is one: what was written after it is done again."""
-        path = self.folder / "state.pt"
-        if first(path.exists):
-            with trying(f"{path} is damaged (remove it, and --resume begins stage 2 again)"):
-                mapped = os.name != "nt"  # Windows does not replace a file that is mapped
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-                self.metrics, self.evaluations = state["metrics"], state["evaluations"]
-            print(f"going on after step {len(self.metrics)}")
-            saved = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-            with learner.policy.active():  # LoRA: adapters that are switched off count as frozen
-                set_state_dict(learner.policy.model, learner.optimizer, **saved, options=WHOLE)
-            learner.policy.scaler.load_state_dict(state["scaler"])
-        write_rows(self.folder / "metrics.jsonl", self.metrics)
-        if self.config.eval_every:
-            write_rows(self.folder / "eval.jsonl", self.evaluations)
+            policy = self.learner.policy
+            weights, moments = get_state_dict(policy.model, self.learner.optimizer, options=WHOLE)
+            state = {
+                "learned": {"model_state_dict": weights, "optim_state_dict": moments},
+                "scaler": policy.scaler.state_dict(),
+                "metrics": self.metrics,
+                "evaluations": self.evaluations,
+            }
+            if is_first():
+                with whole_or_not(self.folder / "state.pt") as partial, partial.open("wb") as file:
+                    torch.save(state, file)
 
     def finish(self, before: Evaluation, measure: Callable[[], Evaluation]) -> dict[str, Any]:
         """Save the model, evaluate it, report. Returns the summary."""
@@ -2635,61 +2596,28 @@ def new_folder(path: str, suffix: str = "") -> Path:
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UsageError(f"--out {folder} cannot be written: {above} is no folder or not yours")
-    if above == folder and {file.name for file in folder.iterdir()} - {"config.json.partial"}:
-        go_on = f", or go on with that run: train --resume {folder}" * is_unfinished(folder)
-        raise UsageError(f"--out {folder} holds files already: name a new folder{go_on}")
-    return folder
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Does a run that can be resumed lie there? Its summary is the last thing it writes."""
-    return (folder / "config.json").is_file() and not (folder / "summary.json").is_file()
-
-
-def unfinished_run(path: str) -> Config:
-    """The options of the run to go on with: `path` or the newest of runs/. Raises UsageError."""
-    runs = [Path(path)] if path else sorted(Path("runs").glob("*"), key=os.path.getmtime)
-    found = [run for run in runs if is_unfinished(run)]
-    if not found:
-        why = "holds no unfinished run (one with a summary.json is finished)"
-        raise UsageError(f"--resume: {path or 'runs/'} {why}")
-    return dataclasses.replace(read_config(found[-1] / "config.json"), out=str(found[-1]))
+    if above == folder and {file.name for file in folder.iterdir()} - {
+        "config.json.partial",
+        "lock",
+    }:
+        raise UsageError(f"--out {folder} holds files already: name a new folder, or --resume it")
+    return collect([folder], world()[1])[0]  # of several processes the first one names it
 
 
 def read_config(path: Path) -> Config:
     """The options in a run's config.json. Raises UsageError."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        config = Config(**{k: v for k, v in values.items() if k not in ("versions", "weights")})
+    with trying(f"{path} is not the config.json of a run"):
+        config = Config(**json.loads(path.read_text(encoding="utf-8")))
         for item in dataclasses.fields(config):
-            value, kind = getattr(config, item.name), TYPES[item.type]
-            if type(value) not in (kind, type(item.default), int if kind is float else kind):
+            value = getattr(config, item.name)
+            if value != item.default and TYPES[item.type](value) != value:
                 raise TypeError(f"'{item.name}' is {value!r}")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not the config.json of a run: {error}") from error
     return config
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file of a run, which a kill may have cut off; none if there is none."""
     return [row for _, row in read_jsonl(path, whole=False)] if path.is_file() else []
-
-
-def number_sink(config: Config, folder: Path) -> Callable[[dict[str, Any]], None]:
-    """--log-to: what sends the numbers of a step on."""
-    if config.log_to == "none" or not is_first():
-        return lambda numbers: None
-    if config.log_to == "wandb":
-        import wandb
-
-        run = wandb.init(project="astarpo", dir=folder, config=vars(config))
-        return lambda numbers: run.log(numbers, step=numbers["step"])
-    from torch.utils.tensorboard import SummaryWriter
-
-    add = SummaryWriter(str(folder)).add_scalar
-    return lambda numbers: [
-        add(k, v, numbers["step"]) for k, v in numbers.items() if isinstance(v, int | float)
-    ]
 
 
 # --- H. Large models, several devices -------------------------------------------------------------
@@ -2770,20 +2698,6 @@ def join_processes(device: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def first(work: Callable[[], Any]) -> Any:
-    """What `work` returns or raises in the first process, in all of them."""
-    found, error = None, None
-    if is_first():
-        try:
-            found = work()
-        except (UsageError, RunError, OSError) as caught:
-            error = caught
-    found, error = collect([(found, error)], world()[1])[0]
-    if error:
-        raise error
-    return found
-
-
 def deal(items: Sequence[Any]) -> list[Any]:
     """This process's share."""
     rank, size = world()
@@ -2835,8 +2749,7 @@ def think(
     kept: dict[int, Tensor] = {}
     with gathered(policy.model):
         for batch in token_batches([len(text) for text in texts], config.rollout_tokens // 4):
-            rows = [torch.tensor(texts[i], device=policy.device) for i in batch]
-            ids = pad_sequence(rows, batch_first=True)
+            ids = pad_sequence([torch.tensor(texts[i]) for i in batch], True).to(policy.device)
             with policy.active():  # but `keep` computes in float32
                 states = policy.model.get_decoder()(input_ids=ids, use_cache=False)[0]
             kept |= {i: keep(i, s[: len(texts[i])].float()) for i, s in zip(batch, states)}
@@ -2857,9 +2770,8 @@ def deal_out(policy: Policy, ref: Policy, config: Config) -> None:
         return
     mesh = init_device_mesh(policy.device.type, (world()[1],))
     for model in (policy.model, ref.model):
-        for layer in blocks(model):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)  # the rest, with the (often tied) embeddings
+        for part in (*blocks(model), model):  # the last: the rest, with the (often tied) embeddings
+            fully_shard(part, mesh=mesh)
         model.score_tokens = types.MethodType(score_tokens, model)
         register_fsdp_forward_method(model, "score_tokens")
         with torch.no_grad():  # fsdp wants the first pass to be that of the whole, not of a layer
@@ -2894,40 +2806,34 @@ def sum_over_processes(model: Any, seen: dict[str, float]) -> dict[str, float]:
 # --- I. The command line --------------------------------------------------------------------------
 
 TYPES = {"int": int, "float": float, "float | None": float, "str": str, "bool": bool}
-# What a run may go on with anew: it changes the cost and the rounding, not the run.
-RESUMABLE = ("rollout_tokens", "update_tokens", "gradient_checkpointing", "device")
-
 # Real models. What is marked * is the value of the A*-PO authors' MATH script (7,500 problems, 25
 # epochs: 732 batches of 256), and so are our defaults of beta1, beta2 and N; what is not is ours,
 # for one GPU of 80 GB.
-A_PO = {
-    "model": "Qwen/Qwen2.5-1.5B",  # *
-    "train_data": "EleutherAI/hendrycks_math",  # * the 7,500 problems of MATH
-    "eval_data": "HuggingFaceH4/MATH-500",  # *
-    "lr": 1e-6, "batch_size": 256, "minibatches": 2, "steps": 732,  # *
-    "max_prompt_tokens": 256, "max_new_tokens": 1024, "revisions": 0,  # * (no PAG turns)
-    "train_limit": 0, "eval_limit": 0, "warmup": 10, "save_every": 20,
-    "rollout_tokens": 500_000, "update_tokens": 16_384, "gradient_checkpointing": True,
-}  # fmt: skip
+A_PO = Config(
+    model="Qwen/Qwen2.5-1.5B",  # *
+    train_data="EleutherAI/hendrycks_math",  # * the 7,500 problems of MATH
+    eval_data="HuggingFaceH4/MATH-500",  # *
+    lr=1e-6, batch_size=256, minibatches=2, steps=732,  # *
+    max_prompt_tokens=256, max_new_tokens=1024, revisions=0,  # * (no PAG turns)
+    train_limit=0, eval_limit=0, warmup=10, save_every=20,
+    rollout_tokens=500_000, update_tokens=16_384, gradient_checkpointing=True,
+)  # fmt: skip
 # Our combination: PAG's model and its one revision, trained as above.
-PRESETS = {"a-po": A_PO, "pag": A_PO | {"model": "Qwen/Qwen2.5-1.5B-Instruct", "revisions": 1}}
-# How the PAG authors evaluate.
-EVAL_PRESETS = {"pag": {"temperature": 0.6, "top_p": 0.95, "samples": 8}}
+PAG = dataclasses.replace(A_PO, model="Qwen/Qwen2.5-1.5B-Instruct", revisions=1)
+PRESETS = {"": Config(), "a-po": A_PO, "pag": PAG}
 
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Evaluate --model on the held-out problems; writes a line a dialogue and the summary."""
     config = check_options(config, "eval")
-    folder = first(lambda: new_folder(config.out, "-eval"))
-    policy = load_policy(config)
-    problems = load_problems(policy, config, "test")
-    if config.compare:  # loaded first: that there is no such model must not be news in the end
-        other = load_policy(dataclasses.replace(config, model=config.compare))
-        check_context(other, config)
-    first(lambda: new_folder(str(folder)))  # is it still free?
-    summary, dialogues = evaluate_policy(policy, problems, config)
-    if config.compare:
-        _, theirs = evaluate_policy(other, problems, config)
+    folder = new_folder(config.out, "-eval")
+    models = [config.model, *filter(None, [config.compare])]
+    policies = [load_policy(dataclasses.replace(config, model=model)) for model in models]
+    problems = load_problems(policies[0], config, "test")
+    check_context(policies[-1], config)
+    new_folder(str(folder))  # is it still free?
+    (summary, dialogues), *other = [evaluate_policy(p, problems, config) for p in policies]
+    for _, theirs in other:
         summary["compare"] = {"with": config.compare, **paired(dialogues, theirs)}
     write_rows(folder / "eval_results.jsonl", dialogues)
     write_rows(folder / "eval_summary.json", [{"model": config.model, **summary}], indent=2)
@@ -2936,24 +2842,41 @@ def evaluate(config: Config) -> dict[str, Any]:
     return summary
 
 
-def solve(config: Config, problem: str) -> Dialogue:
+def solve(config: Config, problem: str) -> None:
     """Let --model solve, check and revise one problem; prints the dialogue."""
     config = check_options(config, "solve")
     if not problem.strip():
         raise UsageError('the problem is empty: give its text, in quotes, like "What is 2 + 3?"')
-    policy, asked = load_policy(config), Problem(0, problem, "")
-    prompt = policy.prompt_ids(asked)
-    check_context(policy, dataclasses.replace(config, max_prompt_tokens=len(prompt)))
-    wanted = n_dialogues(policy, [asked], 1)
-    find(policy, wanted, config)
-    dialogue = rollout(policy, wanted, config, -1)[0]
-    print_dialogue(dialogue)
-    return dialogue
+    policy = load_policy(config)
+    asked = n_dialogues(policy, [Problem(0, problem, "")], 1)
+    check_context(policy, dataclasses.replace(config, max_prompt_tokens=len(asked[0].ids)))
+    find(policy, asked, config)
+    print_dialogue(rollout(policy, asked, config, -1)[0])
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line: a command and its options."""
+    parser = argparse.ArgumentParser("astarpo.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="evaluate, stage 1, stage 2, evaluate")
+    resume = "go on with an unfinished run, with its own options but for those that are given"
+    training.add_argument("--resume", default="", metavar="RUN", help=resume)
+    commands.add_parser("eval", help="evaluate a model on held-out problems")
+    solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
+    solving.add_argument("problem", help="the problem's text, in quotes")
+    preset = "a-po or pag (the sizes for a real model and MATH), or a run's config.json"
+    for command, its_parser in commands.choices.items():
+        its_parser.add_argument("--preset", default="", metavar="NAME", help=preset)
+        add_options(its_parser, command)
+    plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
+    plotting.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    plotting.add_argument("--out", default="dashboard.png", help="file (default: %(default)s)")
+    return parser.parse_args(argv)
 
 
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     """Options from the fields of Config: their names, types, defaults and help. Those that are not
-    given are absent from what is parsed: presets and files come in between."""
+    given are absent from what is parsed: a preset or a run comes in between."""
     changed = {} if command == "train" else {"model": "the newest finished run", "eval_limit": 0}
     heads = {"model": "the lesson's options", "loss": "the neighbours (Part II)"}
     heads["max_prompt_tokens"] = "for real models, other data and long runs"
@@ -2970,78 +2893,40 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
             text = item.metadata["help"] + f" (default: {default})" * (default not in ("", None))
             flag = "--" + item.name.replace("_", "-")
             group.add_argument(flag, default=argparse.SUPPRESS, help=text, **takes)
-    parser.add_argument("--preset", choices=PRESETS, help="the sizes for a real model and MATH")
-    parser.add_argument("--config", metavar="FILE", help="the options of a run's config.json")
-    parser.epilog = "An option that is given counts before --config, that before --preset."
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line: a command and its options."""
-    about = "A*-PO + PAG: reinforcement learning of mathematical reasoning."
-    parser = argparse.ArgumentParser(prog="astarpo.py", description=about)
-    commands = parser.add_subparsers(dest="command", required=True)
-    learning = commands.add_parser("train", help="evaluate, stage 1, stage 2, evaluate")
-    learning.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="go on with an unfinished run "
-        "(default RUN: the newest of runs/) with its own options; only those that change the cost "
-        "can be given anew: " + ", ".join("--" + n.replace("_", "-") for n in RESUMABLE),
-    )  # fmt: skip
-    commands.add_parser("eval", help="evaluate a model on held-out problems")
-    solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
-    solving.add_argument("problem", help="the problem's text, in quotes")
-    for command, its_parser in commands.choices.items():
-        add_options(its_parser, command)
-    plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
-    plotting.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    plotting.add_argument("--out", default="dashboard.png", help="file (default: %(default)s)")
-    return parser.parse_args(argv)
 
 
 def chosen_config(options: argparse.Namespace) -> Config:
-    """The options: given ones, else those of --config, else of --preset, else the defaults."""
+    """The options: given ones, else those of --resume or --preset, else the defaults."""
     commands = {item.name: item.metadata["on"] for item in dataclasses.fields(Config)}
     given = {name: value for name, value in vars(options).items() if name in commands}
-    if options.command == "train" and options.resume is not None:
-        if options.preset or options.config or given.keys() - {*RESUMABLE}:
-            raise UsageError("--resume goes on with the run's own options: leave the others out")
-        return dataclasses.replace(first(lambda: unfinished_run(options.resume)), **given)
-    values: dict[str, Any] = {**PRESETS.get(options.preset, {})}
-    if options.config:
-        values |= vars(read_config(Path(options.config))) | {"out": ""}
-    if options.command != "train":  # what they say of these is about training
-        values |= {"model": "", "temperature": None, "eval_limit": 0}
-        values |= EVAL_PRESETS.get(options.preset, {})
+    if getattr(options, "resume", ""):
+        if options.preset:
+            raise UsageError("--resume goes on with the run's own options: leave --preset out")
+        values = vars(read_config(Path(options.resume, "config.json")))
+        return Config(**values | given | {"out": options.resume})
+    values = vars(PRESETS.get(options.preset) or read_config(Path(options.preset))) | {"out": ""}
+    if options.command != "train":  # what a preset says of these is about training
+        newest = max(Path("runs").glob("*/summary.json"), key=os.path.getmtime, default=None)
+        model = str(newest.parent) if newest else Config().model
+        values |= {"model": model, "temperature": None, "eval_limit": 0}
     values |= given
     return Config(**{name: v for name, v in values.items() if options.command in commands[name]})
 
 
-def run_command(options: argparse.Namespace) -> None:
-    """Do what the command line says."""
-    if options.command == "plot":
-        plot([Path(run) for run in options.runs], Path(options.out))
-        return print(f"written to {options.out}")
-    join_processes(getattr(options, "device", ""))
-    config = chosen_config(options)
-    if not config.model:  # the run in runs/ that finished last, else the base
-        finished = Path("runs").glob("*/summary.json")
-        newest = max(finished, key=lambda file: file.stat().st_mtime, default=None)
-        config.model = str(newest.parent / "checkpoint") if newest else Config().model
-    if options.command == "train":
-        train(config, resume=options.resume is not None)
-    elif options.command == "eval":
-        evaluate(config)
-    else:
-        solve(config, options.problem)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 2 for bad input, 1 for a failure under way."""
-    # Bad input is seen by all processes of a machine: the first of them tells.
-    leads = os.environ.get("LOCAL_RANK", "0") == "0"
-    with contextlib.nullcontext() if leads else contextlib.redirect_stderr(None):
-        options = parse(argv)
+    options = parse(argv)
     try:
-        run_command(options)
+        join_processes(getattr(options, "device", ""))
+        if options.command == "train":
+            train(chosen_config(options), resume=bool(options.resume))
+        elif options.command == "eval":
+            evaluate(chosen_config(options))
+        elif options.command == "solve":
+            solve(chosen_config(options), options.problem)
+        else:
+            plot(options.runs, Path(options.out))
+            print(f"written to {options.out}")
         return 0
     except UsageError as error:
         status, message = 2, str(error)
@@ -3050,21 +2935,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         status = 1
         message = (
-            "out of memory. While sampling, a lower --rollout-tokens helps; in the update a lower "
-            "--update-tokens or --gradient-checkpointing (go on with 'train --resume' and these); "
-            "for good --lora 32, shorter responses (--max-new-tokens) or a smaller model"
+            "out of memory: while sampling, a lower --rollout-tokens helps; in the update a lower "
+            "--update-tokens or --gradient-checkpointing (go on with 'train --resume' and these)"
         )
     except (RunError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, say
         status, message = 1, str(error) or "stopped"
-    except RuntimeError as error:
-        lost = str(error).strip().split("\n")[0]
-        if "RANK" not in os.environ or not re.search("(?i)peer|connection|timed? ?out|nccl", lost):
-            raise
-        status, message = 1, f"another process of this run is gone ({lost}); go on with --resume"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if status == 1 or leads:
+    if status == 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # all see bad input, one tells
         print(f"\nastarpo: {message}", file=sys.stderr)
     return status
 
