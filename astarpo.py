@@ -133,12 +133,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
@@ -1603,7 +1598,7 @@ def to_dialogue(row: dict[str, Any]) -> Dialogue:
 def save_model(policy: Policy, folder: Path) -> None:
     """An ordinary Hugging Face folder (with LoRA: of the adapters)."""
     dealt_out = isinstance(policy.model, FSDPModule)  # by fsdp; else the model has its own whole
-    weights = get_model_state_dict(policy.model, options=WHOLE) if dealt_out else None
+    weights = dcp.get_model_state_dict(policy.model, options=WHOLE) if dealt_out else None
     if is_first():
         with whole_or_not(folder) as partial:
             policy.model.save_pretrained(partial, state_dict=weights)
@@ -2506,10 +2501,10 @@ class Run(contextlib.AbstractContextManager):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 self.metrics, self.evaluations = state["metrics"], state["evaluations"]
             print(f"going on after step {len(self.metrics)}")
-            learned = state["learned"]
-            with learner.policy.active():  # LoRA: adapters that are switched off count as frozen
-                set_state_dict(learner.policy.model, learner.optimizer, **learned, options=WHOLE)
-            learner.policy.scaler.load_state_dict(state["scaler"])
+            policy, learned = learner.policy, state["learned"]
+            with policy.active():  # LoRA: adapters that are switched off count as frozen
+                dcp.set_state_dict(policy.model, learner.optimizer, **learned, options=WHOLE)
+            policy.scaler.load_state_dict(state["scaler"])
         write_rows(self.folder / "metrics.jsonl", self.metrics)  # what came later is done again
         if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)
@@ -2562,8 +2557,8 @@ class Run(contextlib.AbstractContextManager):
             self.evaluations.append(summary)
             write_rows(self.folder / "eval.jsonl", [summary], append=True)
         if step == config.steps or (config.save_every and step % config.save_every == 0):
-            policy = self.learner.policy
-            weights, moments = get_state_dict(policy.model, self.learner.optimizer, options=WHOLE)
+            policy, optimizer = self.learner.policy, self.learner.optimizer
+            weights, moments = dcp.get_state_dict(policy.model, optimizer, options=WHOLE)
             state = {
                 "learned": {"model_state_dict": weights, "optim_state_dict": moments},
                 "scaler": policy.scaler.state_dict(),
@@ -2629,7 +2624,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 # moments are dealt out in slices and put together layer by layer where they are needed, but as a
 # whole while sampling, where every process goes at its own pace.
 
-WHOLE = StateDictOptions(
+WHOLE = dcp.StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
 )
 
