@@ -1692,7 +1692,7 @@ def save_model(policy: Policy, folder: Path) -> None:
 # A text becomes tokens, each in one spelling. They are read by this grammar, and what is read is
 # computed on the way; what the grammar does not know is words, which equal only themselves.
 #
-#   answer   = [label "="] item { ("," | "and" | "or") item };         "±" stands for two answers
+#   answer   = [label "="] item { ("," | ";" | "and" | "or") item };   "±" stands for two answers
 #   item     = union [("=" | "<" | "≤" | ">" | "≥" | "≠" | "∈") union]       (also a < x < b)
 #   union    = quantity { ("∪" | ":") quantity };       quantity = sum [unit]
 #   sum      = product { ("+" | "-") product };         product = factor { ["·" | "/"] factor }
@@ -1707,13 +1707,13 @@ def save_model(policy: Policy, folder: Path) -> None:
 # ('x = 5', 'm+n = 113', 'x > 1') or a unit may be missing on one side, two must be the same.
 #
 # Deliberately not, an honest False: tolerances (0.33 is not 1/3), unit conversion, (1, 2) for 1, 2,
-# groups (x=1, y=2; x=3, y=4), unions that touch, {x | x > 1}, ℝ without points, prose, times,
+# groups (x=1, y=2; x=3, y=4), unions that touch or stand for ≠, {x | x > 1}, prose, times,
 # calculus, n!, binomials, sin^{-1}, bases, chains (x = 1+1 = 2), digits that repeat, a choice's
-# letter for its value, a letter as a unit outside of \text (2 m is 2·m), what is beyond 10^40.
+# letter, p√p for √p^3, \sqrt[3]{-8}, ||x|-1|, arrays, 2 m for 2 \text{ m}, what is beyond 10^40.
 
 MAX_SIZE = 133  # numbers stay in 2^-133 .. 2^133 (10^40), or a small term could drown
 MAX_STEPS = 2_000  # work for one comparison; a step is about ten microseconds
-FAR = (1, 1, 1, 1, 100, 100, 10_000, 10_000)  # eight points, near and far
+FAR = (1, 1, 1, 1, 100, 100, 10_000, 10_000)  # eight points: both signs of three variables
 MP = mpmath.MPContext()  # our own, so that nobody else's precision changes,
 LOCK = threading.RLock()  # for one thread at a time
 
@@ -1721,15 +1721,15 @@ INSIDE = r"(?:[^{}\\]|\\.|\{" * 8 + r"(?:[^{}\\]|\\.)*+" + r"\})*+" * 8  # brace
 OPEN = r"\\(?:boxed|fbox|framebox)\s*\{(?!\s*\})"  # a bare \boxed is prose, \boxed{} a prompt
 BOX = rf"{OPEN}{INSIDE}\}}"
 NAMED = r"(?:[a-zA-Z](?:_\w)?\s*=\s*)?"  # x_1 =
-GAP = r"(?:[\s${}]|\\[()\[\] ,;]|\\quad|\\text)*+"
+GAP = r"(?:[\s${}]|\\[()\[\] ,;]|\\quad|\\text)*+"  # between two boxes, beside 'or'
 BOXES = re.compile(  # \boxed{5}, also $x=\boxed{2}$ or $x=\boxed{3}$; or torn
     rf"({BOX}(?:(?:{GAP}(?:,|and|or))+{GAP}{NAMED}{BOX})*)|{OPEN}(?s:.*)"
 )
-SIGN = r"\\(?:pm|cdot|times|div|neq?|[lg](?:eq?|t)|[dt]?frac|sqrt)\b"
+SIGN = r"\\(?:pm|cdot|times|div|neq?|[lg](?:eq?|t|n|og)|[dt]?frac|sqrt|pi|sin|cos|tan)(?![a-z])"
 TIED = re.compile(  # what makes a box, □, a part of a formula: -□, 2□, □x, □ + 1
     rf"(?i)(?:(?<!\n)[-+/^_±]|(?<!answer)(?<![-=])[<>]|\}}\{{|{SIGN}|[$=] ?\d+ |not\b)[\s{{]*□"
-    rf"|(?:[\d)]\}}?|(?<![\\a-z])[a-z]+)□|□\s*(?:[-+*/:^]\s*[{{-]?\s*(?:\d|[b-z]\b)|{SIGN})"
-    r"|□(?:!\s*\$|[-+/(!_]?[0-9a-z]|[.,]\d)"
+    rf"|(?:[\d)]\}}?|(?<![\\a-z])[a-z]+)□|□\s*(?:[-+*/:]\s*(?:\d|[b-z]\b)|{SIGN})"
+    r"|□\s*\^(?!\s*\{?\s*\\circ)|□(?:!\s*\$|[-+/(!_]?[0-9a-z]|[.,]\d)"
 )
 
 
@@ -1771,15 +1771,15 @@ UNITS = table("""% percent percentage pct ¦ ° degree deg ¦ C celsius ¦ F fah
     ¦ m meter ¦ km kilometer ¦ in inch inche ¦ ft foot feet ¦ yd yard ¦ mi mile ¦ acre ¦ mL ¦ L
     ¦ gallon ¦ s sec second ¦ min minute ¦ h hr hour ¦ day ¦ week ¦ month ¦ yr year ¦ rad radian
     ¦ unit ¦ way ¦ point ¦ people ¦ children ¦ student ¦ piece ¦ value ¦ boxe ¦ dog
-    ¦ ^2 square sq ¦ ^3 cubic ¦ / per""")
+    ¦ ^2 square_ sq_ ¦ ^3 cubic_ ¦ / per_""")
 UNITS |= {word + "s": name for word, name in UNITS.items() if len(word) > 1}
 REWRITES = [  # of the text,
     (r"[！-～]", lambda wide: chr(ord(wide[0]) - 0xFEE0)),  # （1，2）
     (r"(?a)(?<=\d)\s*(?:\{\s*,\s*\}|,\\!|\\[,; ])\s*(?=\d{3}(?![\d/]))", ""),  # 10{,}000
     # 31,250 is one number, (31,250) a pair
     (r"(?<![\d.,])([1-9]\d?\d?),(\d{3})(?:,(\d{3}))?(?!,?\d)(?!.*(?:(?<!\\)[)\]]|\\}))", r"\1\2\3"),
-    (r"(frac|sqrt)\s*(\d)", r"\1{\2}"),  # \frac12 and \sqrt23 take one digit, as TeX does
-    (rf"(frac\s*(?:\{{{INSIDE}\}}|\\\w+))\s*(\d)", r"\1{\2}"),
+    (r"(frac|sqrt(?:\[\w*\])?)\s*(\d)", r"\1{\2}"),  # \frac12 takes one digit each
+    (rf"(frac\s*(?:\{{{INSIDE}\}}|\\\w+))\s*(\d)", r"\1{\2}"),  # and so does \frac{1}2
     (r"(?a)(?<![\w.}])(\d+)\s+([1-9]\d*)/(\d+)", r"\1\\frac{\2}{\3}"),  # 57 5/6
     (r"\\(?:text)?color\s*\{\w+\}", ""),  # \color{red}{5}
     (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname)\s*\{([^{}]*)\}", r"‹\1›"),
@@ -1866,7 +1866,7 @@ NAME = r"(?a)[a-zA-Z]|[A-Z]+|\w+_.*|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|
 FACTOR = r"\(|\\?[^\W\d_].*"  # what follows without a sign: no number (1 2 and 1{2} are not 2)
 LABEL = re.compile(  # f(x) =, (x,y) =, a_n =, |AB| =, "Area" =, m+n =; x = is for the grammar
     r"([fghpqA-Z] \( \w+(?: [|,] \w+)* \)|\( (?:x , y(?: , z)?|a , b|r , \\theta) \)|\w_[a-z]"
-    r'|\\abs \( [A-Z]+ \)|\\angle [A-Z]+|"[a-z_]+"|[a-df-hj-w](?: \+ [a-df-hj-w])+) = (?=[^=<>≤≥]+$)'
+    r'|\\abs \( [A-Z]+ \)|\\angle [A-Z]+|"[a-z_]+"|(?:[a-df-hj-w] \+ )+[a-w]) = (?=[^=<>≤≥]+$)'
 )
 
 
@@ -1980,7 +1980,7 @@ class Comparison:
         for sign, other in zip(signs, parts[1:]):
             node = self.each(OPERATIONS[sign], node, other)
         if level == SUM and (unit := self.take('".+"')):  # the KeyError makes words of others
-            names = [UNITS[name] for name in unit.strip('"').split("_")]
+            names = [UNITS[name] for name in re.findall(r'(?:square|sq|cubic|per)_|[^_"]+', unit)]
             return Node("unit", " ".join(names if "/" in names else sorted(names)), (node,))
         return node
 
@@ -2038,9 +2038,9 @@ class Comparison:
         if name in tuple("fgFGP") and self.tokens[-1] == "(" or not re.fullmatch(NAME, name):
             raise ValueError("no value, or f(2x), which is not 2 f(x)")
         if name not in self.variables:  # its random numbers: all signs; far: |x + 9| is not x + 9
-            mask = len(self.variables) % 7 + 1
+            nth, draw = len(self.variables) - 3, self.draw
             self.variables[name] = tuple(
-                (-1) ** (i & mask).bit_count() * far * MP.mpf(self.draw(999, 2999)) / 1717
+                (-1) ** (i >> nth if nth < 3 else draw(0, 1)) * far * MP.mpf(draw(999, 2999)) / 1717
                 for i, far in enumerate(FAR)
             )
         return Node("value", name, self.variables[name])

@@ -499,7 +499,7 @@ f(x)=x+1 ;; f'(x)=2x | f(x)=2x ;; [0,1] \cup [1,2] | [0,2) | [0,1]\cup[2,3] | [0
 and y=4 or x=3 and y=2 | x=1 and y=2 or x=3 and y=4 ;; x=1,y=4,x=3,y=2 | x=1,y=2,x=3,y=4 ;; (1,4);(3,2) | (1,2);(3,4)
 ;; a=1, b=2 or a=2, b=1 | a=1, b=1 or a=2, b=2 ;; x_1 = 2, x_2 = 3 | x_1 = 3, x_2 = 2 | 2, 3 ;; 1,2;3 | 1,2,3 ;; x=5 or
 y=5 | x=5, y=5 ;; 1, 2, \ldots, 10 | 1,2,10 ;; 3 \text{ hours}, 20 | 20 \text{ hours}, 3 ;; \sqrt{(x+5)^2} | x+5 ;;
-|x+500| | x+500 ;; |zw| | zw ;; \sqrt{x-100} | \sqrt{x-101} ;; \ln x | \ln|x| ;; (1,5;2) | (1.5,2) ;; 3 \text{ lb } 4
+|x+500| | x+500 ;; |zw| | zw ;; |pqrs| | pqrs ;; \sqrt[3]23 | \sqrt[3]{23} ;; \sqrt{x-100} | \sqrt{x-101} ;; \ln x | \ln|x| ;; (1,5;2) | (1.5,2) ;; 3 \text{ lb } 4
 \text{ oz} | 3 | 7 ;; \text{ab} | \text{ba} ;; 2 \cdot \frac13 | 2\frac13 ;; \$5 \text{ million} | \$5
 """,
     "numbers": r"""
@@ -599,7 +599,7 @@ $x=\boxed{3} ;; \boxed{2}, \boxed{3} -> \boxed{2}, \boxed{3} ;; $x=\boxed{1}, y=
 """,
     "boxes that are all of it, or a part of it": r"""
 so $x=-\boxed{5}$ -> ;; $2\boxed{5}$ -> ;; $\boxed{5}^2$ -> ;; $\frac{\boxed{1}}{2}$ -> ;; $\pm\boxed{5}$ -> ;;
-$\sqrt{\boxed{2}}$ -> ;; $\boxed{5}x$ -> ;; $x \neq \boxed{5}$ -> ;; $x > \boxed{5}$ -> ;; $x = - \boxed{5}$ -> ;; $3
+$\sqrt{\boxed{2}}$ -> ;; $\boxed{2}\sqrt3$ -> ;; $\boxed{2}^{-1}$ -> ;; $\boxed{5}x$ -> ;; $x \neq \boxed{5}$ -> ;; $x > \boxed{5}$ -> ;; $x = - \boxed{5}$ -> ;; $3
 \cdot \boxed{5}$ -> ;; $\boxed{5} \cdot 2$ -> ;; $\boxed{5}/2$ -> ;; $\boxed{5}!$ -> ;; $1 + \boxed{5}$ -> ;; $2 \boxed{5}$ -> ;; $\frac{3}{\boxed{5}}$ -> ;; 88 = 2 * \boxed{44} -> 44 ;; $x \le \boxed{5}$ -> ;;
 $\boxed{5} + 1$ -> ;; \boxed{4}2 -> ;; $x^{\boxed{4}}$ -> ;; $x_{\boxed{4}}$ -> ;; $y\boxed{4}$ -> ;; $1/\boxed{4}$ ->
 ;; not \boxed{5} -> ;; \boxed{5},000 -> ;; \[x = \boxed{5}.\] -> 5 ;; $\boxed{5}\text{ cm}$ -> 5 ;; \$\boxed{5} -> 5 ;;
