@@ -67,7 +67,7 @@ THE SYMBOLS.  Where to find each of them in the code (v_star is always Vhat):
 
   paper            here                      where
   x, y             problem, response         Problem, Turn
-  r(x, y)          reward                    extract_answer(), is_equiv(), dialogue_rewards()
+  r(x, y)          reward                    verify(), dialogue_rewards()
   pi, pi_ref       policy, ref               Policy, freeze()
   log pi(y|x)      logp, ref_logp            token_logps(), update()
   Vhat(x), (5)     v_star                    estimate_v_star(), baselines()
@@ -285,22 +285,18 @@ def is_equiv(predicted: str | float | None, gold: str | float | None) -> bool:
     >>> is_equiv(r"\frac{\sqrt{2}}{2}", r"1/\sqrt2"), is_equiv("0.33", "1/3")
     (True, False)
     """
-    predicted, gold = as_text(predicted).strip(), as_text(gold).strip()
-    if predicted == gold or max(len(predicted), len(gold)) > MAX_ANSWER:
-        return predicted == gold and not no_answer(gold)
-    a, b = sorted((normalize_answer(predicted), normalize_answer(gold)))
-    if no_answer(a) or no_answer(b):
-        return False
-    with LOCK, contextlib.suppress(ValueError, RecursionError):  # beyond the rules or the limits
-        work = Comparison(a, b)
-        return a == b or work.same(work.read_answer(a), work.read_answer(b))
-    return False
+    return same_meaning(as_text(predicted).strip(), as_text(gold).strip())  # the comparison itself
 
 
 # --- 4. Rewards -----------------------------------------------------------------------------------
 # The reward is all that the policy is ever told. If it pays for something that is easier than what
 # we want, the policy learns that instead. So A*-PO's is 1 for a right final answer, else 0: no
 # partial credit, no bonus for style or length. (PAG's other two rewards: section 9.)
+
+
+def verify(text: str | None, gold: str | float | None) -> bool:
+    """Say whether the final answer of `text` equals `gold`: r(x, y) in one call."""
+    return is_equiv(extract_answer(text), gold)
 
 
 # --- 5. The model ---------------------------------------------------------------------------------
@@ -1987,17 +1983,25 @@ class Comparison:
         return self.each(pow, self.each(MP.log if base else FUNCTIONS[name], x, *base), exponent)
 
 
+def same_meaning(predicted: str, gold: str) -> bool:
+    """Say whether two texts mean the same; what is beyond the rules or the limits does not."""
+    if predicted == gold or max(len(predicted), len(gold)) > MAX_ANSWER:
+        return predicted == gold and not no_answer(gold)
+    a, b = sorted((normalize_answer(predicted), normalize_answer(gold)))
+    if no_answer(a) or no_answer(b):
+        return False
+    with LOCK, contextlib.suppress(ValueError, RecursionError):
+        work = Comparison(a, b)
+        return a == b or work.same(work.read_answer(a), work.read_answer(b))
+    return False
+
+
 def readable(gold: str) -> bool:
     """Say whether the checker can compare `gold` with more than its own text."""
     text = normalize_answer(gold[:MAX_ANSWER])
     with LOCK:
         node = Comparison(text, "").read_answer(text)
     return not no_answer(gold) and (node.kind != "words" or re.sub('["_ ]', "", node.tag).isalpha())
-
-
-def verify(text: str | None, gold: str | float | None) -> bool:
-    """Say whether the final answer of `text` equals `gold`: r(x, y) in one call."""
-    return is_equiv(extract_answer(text), gold)
 
 
 # --- D. The report --------------------------------------------------------------------------------
