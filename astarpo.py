@@ -1058,7 +1058,7 @@ def named_loss(name: str, e: Evidence, beta2: float) -> Tensor:
     tokens = beta2 * (back.exp() - 1 - back) - gain  # (M,)
     if name == "grpo":  # its equation (3): the mean over a response's tokens, then over responses
         return (e.sums(tokens) / e.sums(torch.ones_like(tokens))).mean()
-    return e.sums(tokens + 1e-3 / 2 * e.logp.square()).mean()  # ppo's (9), less the value's loss
+    return e.sums(tokens + 1e-3 / 2 * e.logp.square()).mean()  # ppo: its equation (9), and entropy
 
 
 def neighbour_loss(
@@ -2869,7 +2869,7 @@ def think(
         for batch in token_batches([len(text) for text in texts], config.rollout_tokens // 4):
             ids = pad_sequence([torch.tensor(texts[i]) for i in batch], batch_first=True)
             with policy.active():  # but `keep` computes in float32
-                states = policy.model.get_decoder()(input_ids=ids.to(policy.device))[0]
+                states = policy.model.get_decoder()(ids.to(policy.device), use_cache=False)[0]
             kept |= {i: keep(i, s[: len(texts[i])].float()) for i, s in zip(batch, states)}
     return [kept[i] for i in range(len(texts))]
 
