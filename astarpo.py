@@ -1006,16 +1006,13 @@ def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config)
 # grpo (Shao et al. 2024, arXiv 2402.03300) plays --group G > 1 dialogues about a problem. The
 # advantage is r less the group's mean, over its standard deviation: rare outcomes count for more. A
 # response is the mean of its tokens: those of a short one count for more. Clipping the ratio of pi
-# to the policy that sampled keeps a response from pushing far; with one update a batch the ratio is
-# 1, and this is a policy gradient, too.
+# to the policy that sampled bounds a push. (With one update a batch it is 1: a policy gradient.)
 #
 # ppo (Schulman et al. 2017) gives each token its own advantage: how much better does the end look
 # after it? GAE (Schulman et al. 2016) reads that off a learned value (section 13), fitted once, on
 # stage 1; PPO trains its own along. The bonus for entropy is a square, for pg's reason.
 #
 # awr (Peng et al. 2019) imitates the policy's own responses, weighted by exp(A/beta) as in (2).
-
-CLIP, LAMBDA, ENTROPY = 0.2, 0.95, 1e-3  # PPO's clip, GAE's lambda, the entropy bonus's weight
 
 
 @dataclass
@@ -1033,48 +1030,33 @@ class Evidence:
         return numbers.new_zeros(int(self.turn[-1]) + 1).index_add(0, self.turn, numbers)
 
 
-def pg_loss(e: Evidence, config: Config) -> Tensor:
-    """-A * log pi + beta2/2 * L^2, a mean over turns. Its gradient is (6)'s over 2 * beta2."""
-    log_ratio = e.sums(e.logp - e.ref)
-    return (config.beta2 / 2 * log_ratio.square() - e.sums(e.advantage * e.logp)).mean()
-
-
-def clipped(e: Evidence, config: Config) -> Tensor:
-    """(M,) -min(ratio * A, clip(ratio) * A), and beta2 times an estimate of the KL that is never
-    negative (Schulman's k3: 1/q - 1 + log q for q = pi/pi_ref)."""
+def named_loss(name: str, e: Evidence, beta2: float) -> Tensor:
+    """The loss that --loss names: a mean over turns."""
+    if name == "pg":  # -A * log pi + beta2/2 * L^2: its gradient is that of (6) over 2 * beta2
+        price = beta2 / 2 * e.sums(e.logp - e.ref).square()
+        return (price - e.sums(e.advantage * e.logp)).mean()
+    if name == "awr":  # log pi, weighted: exp(A/beta1), normalised, stands where A stood
+        return -e.sums(e.advantage * e.logp).mean()
+    # Of each token -min(ratio * A, clip(ratio) * A), and beta2 times an estimate of the KL that is
+    # never negative (Schulman's k3: 1/q - 1 + log q for q = pi/pi_ref).
     ratio, back = (e.logp - e.old).exp(), e.ref - e.logp
-    gain = torch.minimum(ratio * e.advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * e.advantage)
-    return config.beta2 * (back.exp() - 1 - back) - gain
-
-
-def grpo_loss(e: Evidence, config: Config) -> Tensor:
-    """GRPO's equation (3): the mean over a response's tokens, then over responses."""
-    return (e.sums(clipped(e, config)) / e.sums(torch.ones_like(e.logp))).mean()
-
-
-def ppo_loss(e: Evidence, config: Config) -> Tensor:
-    """PPO's equation (9) without the value's loss, and with the price on the KL."""
-    return e.sums(clipped(e, config) + ENTROPY / 2 * e.logp.square()).mean()
-
-
-def awr_loss(e: Evidence, config: Config) -> Tensor:
-    """log pi, weighted: `look_ahead` puts exp(A/beta1), normalised, where the advantage stood."""
-    return -e.sums(e.advantage * e.logp).mean()
-
-
-LOSSES = {"pg": pg_loss, "grpo": grpo_loss, "ppo": ppo_loss, "awr": awr_loss}
+    gain = torch.minimum(ratio * e.advantage, ratio.clamp(0.8, 1.2) * e.advantage)
+    tokens = beta2 * (back.exp() - 1 - back) - gain  # (M,)
+    if name == "grpo":  # its equation (3): the mean over a response's tokens, then over responses
+        return (e.sums(tokens) / e.sums(torch.ones_like(tokens))).mean()
+    return e.sums(tokens + 1e-3 / 2 * e.logp.square()).mean()  # ppo: its equation (9), and entropy
 
 
 def neighbour_loss(
     learner: Learner, dialogues: Sequence[Dialogue], tokens: Sequence[Tensor], config: Config
 ) -> Tensor:
-    """The loss that --loss names, of some dialogues. tokens: Evidence's first three."""
+    """`named_loss` of some dialogues. tokens: Evidence's first three."""
     advantage, old = zip(*(learner.notes[id(turn)] for d in dialogues for turn in d.turns))
     old = torch.cat(old) if config.minibatches > 1 else tokens[1].detach()
-    return LOSSES[config.loss](Evidence(*tokens, old, torch.cat(advantage)), config)
+    return named_loss(config.loss, Evidence(*tokens, old, torch.cat(advantage)), config.beta2)
 
 
-def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
+def gae(values: Tensor, reward: float, lam: float = 0.95) -> Tensor:
     """Generalised advantage estimation: values (T,), V before each token -> A of each token (T,).
     A_t = sum_l lam^l * delta_{t+l} with delta_t = V_{t+1} - V_t, where the reward is the last V."""
     advantage = torch.cat([values[1:], values.new_tensor([reward])]) - values
@@ -1083,41 +1065,38 @@ def gae(values: Tensor, reward: float, lam: float = LAMBDA) -> Tensor:
     return advantage
 
 
+@torch.no_grad()
 def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> None:
     """Before a batch's first update: its mean reward as baseline where there was no stage 1, and
-    for the other losses each turn's advantages and, where pi will move on, its old log pi."""
-    policy, turns = learner.policy, [(d, turn) for d in dialogues for turn in d.turns]
+    for the other losses each token's advantage and, where pi will move on, its old log pi."""
+    policy, turns = learner.policy, [(i, t) for i, d in enumerate(dialogues) for t in d.turns]
+    keys = [(dialogues[i].problem.index, t.role) for i, t in turns]
     if not config.num_samples:
-        on = config.baseline != "zero"
-        paid = {r: on * (mean(t.reward for _, t in turns if t.role == r) or 0.0) for r in ROLES}
-        learner.v_star = {(d.problem.index, t.role): paid[t.role] for d, t in turns}
+        paid = {role: mean(t.reward for _, t in turns if t.role == role) for role in ROLES}
+        learner.v_star = {key: paid[key[1]] * (config.baseline != "zero") for key in keys}
     if config.loss == "astarpo":
         return
-    gains = torch.tensor([t.reward - learner.v_star[d.problem.index, t.role] for d, t in turns])
+    gains = torch.tensor([t.reward - learner.v_star[key] for (_, t), key in zip(turns, keys)])
     if config.loss == "grpo":
-        keys = [(d.problem.index, turn.role) for d, turn in turns]
-        for group in (torch.tensor([k == key for k in keys]) for key in {*keys}):
+        for key in {*keys}:
+            group = torch.tensor([other == key for other in keys])
             spread = gains[group].std(correction=0) + 1e-4
             gains[group] = (gains[group] - gains[group].mean()) / spread
     if config.loss == "awr":
         gains = (gains / config.beta1).softmax(0) * len(gains)
     advantage = [gain.expand(t.end - t.start) for gain, (_, t) in zip(gains, turns)]
+    texts, old = [d.ids for d in dialogues], {}
     if config.loss == "ppo":
-        texts = [d.ids for d in dialogues]
         chances = think(learner.ref, texts, config, lambda i, s: learner.value(s).sigmoid())
-        owned = [(p, turn) for p, d in zip(chances, dialogues) for turn in d.turns]
-        advantage = [gae(p[t.start - 1 : t.end - 1], t.reward) for p, t in owned]
-    old: dict[int, Tensor] = {}
+        advantage = [gae(chances[i][t.start - 1 : t.end - 1], t.reward) for i, t in turns]
     if config.minibatches > 1:  # from the second update on, pi is not what it was
-        for batch in token_batches([len(d.ids) for d in dialogues], config.update_tokens):
-            part = [dialogues[i] for i in batch]
-            b = collate(part, learner.v_star, policy.device)
-            with torch.no_grad():
-                logp = token_logps(policy, b.ids, b.scored, config.temperature)
-            own = logp.split(b.turn.bincount().tolist())
-            old |= zip((id(turn) for d in part for turn in d.turns), own)
-    pairs = zip((id(turn) for _, turn in turns), advantage)
-    learner.notes = {key: (a.to(policy.device), old.get(key)) for key, a in pairs}
+        for batch in token_batches([len(text) for text in texts], config.update_tokens):
+            b = collate([dialogues[i] for i in batch], learner.v_star, policy.device)
+            logp = token_logps(policy, b.ids, b.scored, config.temperature)
+            own = [id(turn) for i in batch for turn in dialogues[i].turns]
+            old |= zip(own, logp.split(b.turn.bincount().tolist()))
+    notes = ((a.to(policy.device), old.get(id(t))) for (_, t), a in zip(turns, advantage))
+    learner.notes = {id(t): note for (_, t), note in zip(turns, notes)}
 
 
 # --- 13. A learned value --------------------------------------------------------------------------
@@ -1127,12 +1106,10 @@ def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) 
 #
 #     mean: p        soft: V* = beta * log( 1 - p + p * e^(1/beta) )       ((3), with two outcomes)
 #
-# A small network guesses p from the reference's last hidden state. It is fitted to stage 1's
-# dialogues, but for a fifth of the problems, which tell when to stop. It can judge problems that
-# nobody sampled; but N samples of the very problem say more, and it remains the *reference*'s while
-# the policy moves on. (A revision may earn 2 or -1: its p is that it is right.)
-
-PLACES = 16  # of a turn that are fitted: a long turn counts as much as a short one
+# A small network guesses p from the reference's last hidden state. It is fitted to 16 tokens of each
+# turn of stage 1's dialogues, but for a fifth of the problems, which tell what it is worth. It can
+# judge problems that nobody sampled; but N samples of the very problem say more, and it remains the
+# *reference*'s while the policy moves on. (A revision may earn 2 or -1: right is above 1/2.)
 
 
 def soft_value(logit: Tensor, beta: float) -> Tensor:
@@ -1146,37 +1123,28 @@ def soft_value(logit: Tensor, beta: float) -> Tensor:
 
 def fit_value(ref: Policy, dialogues: Sequence[Dialogue], config: Config) -> torch.nn.Module:
     """Fit p to the reference's dialogues; returns its logit: hidden states (..., width) -> (...).
-    Prints, of solve turns held out, the AUC of p and the share R^2 of variance that V* removes."""
-    if len({d.problem.index % 5 == 0 for d in dialogues}) < 2:
-        raise UsageError("a learned value needs stage 1 (--num-samples) on five problems or more")
+    Prints, of solve turns held out, the AUC of p (how often a right one has more than a wrong one)
+    and the share R^2 of the variance that V* removes."""
     turns = [(d, turn) for d in dialogues for turn in d.turns]
-    ends = [np.array([(t.start - 1, t.end - 1) for t in d.turns]).T for d in dialogues]
-    places = [np.linspace(*end, PLACES, axis=1).astype(int) for end in ends]
-    states = think(ref, [d.ids for d in dialogues], config, lambda i, s: s[places[i]])
-    x = torch.cat(states)  # (turns, PLACES, width)
-    results = [([t.correct for t in d.attempts], [t.verdict for t in d.checks]) for d in dialogues]
-    right = [reward for result in results for reward in dialogue_rewards(*result, alpha=0)]
-    y = torch.tensor(right, device=x.device)[:, None].expand(-1, PLACES)
-    held = torch.tensor([d.problem.index % 5 == 0 for d, _ in turns], device=x.device)
+    held = torch.tensor([d.problem.index % 5 == 0 for d, _ in turns])
+    if held.all() or not held.any():
+        raise UsageError("a learned value needs stage 1 (--num-samples) on five problems or more")
+    at = [[np.linspace(t.start - 1, t.end - 1, 16, dtype=int) for t in d.turns] for d in dialogues]
+    x = torch.cat(think(ref, [d.ids for d in dialogues], config, lambda i, s: s[np.array(at[i])]))
+    y = torch.tensor([[float(t.reward > 0.5)] * 16 for _, t in turns], device=x.device)
     torch.manual_seed(config.seed)
     layers = (torch.nn.Linear(x.shape[2], 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
     value = torch.nn.Sequential(*layers, torch.nn.Flatten(-2)).to(x.device)
-    optimizer = torch.optim.Adam(value.parameters(), lr=1e-3)
-    loss = F.binary_cross_entropy_with_logits
-    best, weights, worse, train = math.inf, {}, 0, (~held).nonzero()[:, 0]
-    while worse < 3:  # times in a row
-        now = loss(value(x[held]), y[held]).item()
-        worse = 0 if now < best else worse + 1
-        if now < best:
-            best, weights = now, copy.deepcopy(value.state_dict())
+    optimizer, train = torch.optim.Adam(value.parameters(), lr=2e-3), (~held).nonzero()[:, 0]
+    for _ in range(30):  # with many more it learns the problems by heart
         for rows in train[torch.randperm(len(train))].split(64):
             optimizer.zero_grad()
-            loss(value(x[rows]), y[rows]).backward()
+            F.binary_cross_entropy_with_logits(value(x[rows]), y[rows]).backward()
             optimizer.step()
-    value.load_state_dict(weights)
-    judged = held & torch.tensor([t.role == "solve" for _, t in turns], device=x.device)
-    logit, truth = value(x[judged]).detach(), y[judged, 0]
-    first, last = (auc(logit[:, place], truth) for place in (0, -1))
+    judged = held & torch.tensor([t.role == "solve" for _, t in turns])
+    logit, truth = value(x[judged]).detach()[:, [0, -1]], y[judged, 0]
+    right, wrong = logit[truth > 0], logit[truth == 0]
+    first, last = 0.5 + (right[:, None] - wrong).sign().mean((0, 1)) / 2
     r2 = 1 - (truth - soft_value(logit[:, 0], config.beta1)).var() / truth.var()
     print(f"learned value: AUC {first:.2f} at the prompt, {last:.2f} at the end, R^2 {r2:.2f}")
     return value
@@ -1208,17 +1176,13 @@ def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config)
 # complete response that is only second in its queue must wait, or short ones would win. (Training
 # never searches: (6) speaks of what the policy drew itself; section 8.)
 
-BRANCH = 4  # tokens that are tried after a prefix: a queue holds 4 prefixes an opening at most
-
 
 class Prefix(NamedTuple):
     """The beginning of a response, in a queue that is sorted by -f."""
 
     cost: float  # -f = -(g + h)
-    number: int  # of two that cost the same, the older one comes first
     response: list[int]
-    complete: bool
-    longer: list[tuple[list[int], float]]  # with another token each, and their g
+    longer: list[tuple[list[int], float]]  # with one more token, and their g; complete: none
 
 
 def best_first(
@@ -1226,24 +1190,21 @@ def best_first(
 ) -> list[list[int]]:
     """For each prompt the first complete response at the head of its queue, or the best that there
     is after --search openings. look: texts -> their likeliest next tokens, log pi_ref, and h."""
-    queues: list[list[Prefix]] = [[] for _ in prompts]
-    numbers, opened, singles = itertools.count(), 0, [[end] for end in ends]
-
-    def push(nodes: list[tuple[int, list[int], float]]) -> None:
-        found = look([prompts[i] + response for i, response, _ in nodes])
-        for (i, response, g), tokens, logps, h in zip(nodes, *(t.tolist() for t in found)):
-            complete = len(response) == config.max_new_tokens or response[-1:] in singles
-            longer = [([*response, token], g + logp) for token, logp in zip(tokens, logps)]
-            heapq.heappush(queues[i], Prefix(-(g + h), next(numbers), response, complete, longer))
-
-    push([(i, [], 0.0) for i in range(len(prompts))])
-    for _ in range(config.search):
-        going = [i for i, queue in enumerate(queues) if not queue[0].complete]
+    queues, opened = [[Prefix(0.0, [], [([], 0.0)])] for _ in prompts], -len(prompts)
+    for _ in range(config.search + 1):  # the first one, to the empty response, does not count
+        going = [i for i, queue in enumerate(queues) if queue[0].longer]
+        if not going:
+            break
         opened += len(going)
-        if going:
-            push([(i, *way) for i in going for way in heapq.heappop(queues[i]).longer])
+        ways = [(i, *way) for i in going for way in heapq.heappop(queues[i]).longer]
+        found = look([prompts[i] + response for i, response, _ in ways])
+        for (i, response, g), tokens, logps, h in zip(ways, *(t.tolist() for t in found)):
+            longer = [([*response, token], g + logp) for token, logp in zip(tokens, logps)]
+            if len(response) == config.max_new_tokens or (response and response[-1] in ends):
+                longer = []
+            heapq.heappush(queues[i], Prefix(-(g + h), response, longer))
     print(f"search: {opened / len(prompts):.1f} prefixes opened a problem")
-    return [min(queue, key=lambda n: (not n.complete, n.cost)).response for queue in queues]
+    return [min(queue, key=lambda n: (n.longer != [], n.cost)).response for queue in queues]
 
 
 def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
@@ -1255,11 +1216,10 @@ def find(policy: Policy, dialogues: Sequence[Dialogue], config: Config) -> None:
     played = [d for part in rollouts(policy, wanted, drawn, 0, "stage 1") for d in part]
     value, head = fit_value(policy, played, config), policy.model.get_output_embeddings()
 
-    @torch.no_grad()
     def look(texts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         states = torch.stack(think(policy, texts, config, lambda i, states: states[-1]))
-        with policy.active(), gathered(policy.model):
-            best = head(states).float().log_softmax(-1).topk(BRANCH)
+        with torch.no_grad(), policy.active(), gathered(policy.model):
+            best = head(states).float().log_softmax(-1).topk(4)
         return best.indices, best.values, soft_value(value(states), config.beta1) / config.beta1
 
     found = best_first(look, [d.ids for d in dialogues], policy.end_ids, config)
@@ -2150,12 +2110,6 @@ def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
     return found.pop("all") | (voting(dialogues, k) if k > 1 else {}) | {"groups": found}
 
 
-def auc(score: Tensor, truth: Tensor) -> float:
-    """The chance that a right one scores higher than a wrong one (0.5: no better than a coin)."""
-    right, wrong = score[truth > 0], score[truth == 0]
-    return ((right[:, None] > wrong).float() + (right[:, None] == wrong) / 2).mean().item()
-
-
 def paired(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, Any]:
     """Is the first model better than the second on the same problems? For both ACCURACIES the
     difference with its interval, on how many problems it is better and worse, and McNemar's exact
@@ -2653,9 +2607,9 @@ def think(
     kept: dict[int, Tensor] = {}
     with gathered(policy.model):
         for batch in token_batches([len(text) for text in texts], config.rollout_tokens // 4):
-            ids = pad_sequence([torch.tensor(texts[i]) for i in batch], True).to(policy.device)
+            ids = pad_sequence([torch.tensor(texts[i]) for i in batch], batch_first=True)
             with policy.active():  # but `keep` computes in float32
-                states = policy.model.get_decoder()(input_ids=ids, use_cache=False)[0]
+                states = policy.model.get_decoder()(ids.to(policy.device), use_cache=False)[0]
             kept |= {i: keep(i, s[: len(texts[i])].float()) for i, s in zip(batch, states)}
     return [kept[i] for i in range(len(texts))]
 

@@ -1124,7 +1124,7 @@ def test_a_policy_gradient_with_a_squared_log_ratio_has_the_gradient_of_6(number
     e = evidence(logp, ref=ref, advantage=advantage[[0, 1, 1]])
     beta2 = A.Config().beta2
     ours = A.astarpo_loss(e.sums(logp), e.sums(ref), advantage, torch.zeros(2), beta2) / (2 * beta2)
-    gradients = [torch.autograd.grad(x, logp)[0] for x in (ours, A.pg_loss(e, A.Config()))]
+    gradients = [torch.autograd.grad(x, logp)[0] for x in (ours, A.named_loss("pg", e, beta2))]
     assert torch.allclose(*gradients, atol=1e-6)
 
 
@@ -1134,9 +1134,8 @@ def test_the_other_losses_by_hand():
     up, down = math.exp(0.5), math.exp(-1)  # both outside of 0.8 .. 1.2; 0.8 is worse for A = -1
     price = 1e-3 * (math.exp(-0.5) - 1 + 0.5)
     tokens = [price - 1, price - min(up * 2, 1.2 * 2), price - min(-down, -0.8)]
-    entropy = [A.ENTROPY / 2 * x * x for x in (1, 2, 3)]
-    config = A.Config()
-    found = [loss(e, config).item() for loss in (A.grpo_loss, A.ppo_loss, A.awr_loss)]
+    entropy = [1e-3 / 2 * x * x for x in (1, 2, 3)]
+    found = [A.named_loss(name, e, 1e-3).item() for name in ("grpo", "ppo", "awr")]
     grpo = (tokens[0] + (tokens[1] + tokens[2]) / 2) / 2
     ppo = (sum(tokens) + sum(entropy)) / 2
     assert found == pytest.approx([grpo, ppo, -(-1.0 + -4.0 + 3.0) / 2], rel=1e-6)
