@@ -1314,7 +1314,9 @@ def check_options(config: Config, command: str) -> Config:
         config = dataclasses.replace(config, temperature=1.0 if command == "train" else 0.0)
     for item in dataclasses.fields(config):
         flag, value = "--" + item.name.replace("_", "-"), getattr(config, item.name)
-        low, high = item.metadata["within"]
+        (low, high), choices = item.metadata["within"], item.metadata["choices"]
+        if choices and value not in choices:  # from Python or by hand: argparse saw no typo
+            raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value}")
         if isinstance(value, int | float) and not (low <= value <= high and value < 2**63):
             raise UsageError(f"{flag} must be between {low:g} and {high:g}, not {value}")
     c, learning, greedy = config, command == "train", config.temperature == 0

@@ -1419,6 +1419,12 @@ def test_a_bad_file_is_one_sentence_that_names_it(name, content, complaint, tmp_
     assert re.search(complaint, error) and str(file) in error and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["baseline", "loss", "dtype", "parallel"])
+def test_a_choice_that_is_none_is_refused_from_python_and_config_json_too(name):
+    with pytest.raises(A.UsageError, match=f"--{name} must be one of .*, not typo"):
+        A.check_options(A.Config(**{name: "typo"}), "train")
+
+
 ONE_TURN = "{{ messages[0].content }}{% if messages[1:] %}{{ raise_exception('1') }}{% endif %}"
 FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 
