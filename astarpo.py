@@ -1363,7 +1363,10 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             model = model.merge_and_unload()
             model.had_adapters = True
         else:
-            model = AutoModelForCausalLM.from_pretrained(str(path), **options)
+            options["output_loading_info"] = True
+            model, info = AutoModelForCausalLM.from_pretrained(str(path), **options)
+            if info["missing_keys"]:  # they would be random numbers
+                raise ValueError(f"its weights lack {min(info['missing_keys'])}")
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         if not encode(tokenizer, "2 + 3"):  # without its files a tokenizer comes empty
             raise ValueError("it has no tokenizer")

@@ -42,6 +42,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -1447,6 +1448,7 @@ def test_the_marker_after_an_answer_ends_a_turn_but_in_a_problem_it_is_mere_text
     "damage, complaint",
     [
         (lambda model: os.truncate(model / "model.safetensors", 50_000), "cannot be loaded"),
+        (lambda model: save_file({}, model / "model.safetensors"), "its weights lack"),
         (lambda model: [f.unlink() for f in model.glob("*token*")], "no tokenizer"),
         (lambda model: (model / "config.json").unlink(), "model_type"),
         (lambda model: template(model, ONE_TURN), "no later turns are possible"),
