@@ -1514,7 +1514,9 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
             place = f"{path}, line {number}"
             try:
                 if line.strip():
-                    yield place, json.loads(line)
+                    row = json.loads(line)
+                    json.dumps(row, ensure_ascii=False).encode()  # refuses a lone \ud800
+                    yield place, row
             except (ValueError, RecursionError) as error:
                 if whole:
                     raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error

@@ -1402,6 +1402,7 @@ NO_CONFIGS += [b'{"lr": null}', b'{"gradient_checkpointing": "no"}', b'{"learnin
         ("a.jsonl", b"", "holds no problems"),
         ("a.jsonl", GOOD_LINE + b"not json\n", "line 2: not JSON"),
         ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\xff"), "line 1: not JSON in UTF-8"),
+        ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\\ud800"), "line 1: not JSON in UTF-8"),
         ("a.jsonl", b"[" * 99999 + b"\n", "line 1: not JSON"),
         ("a.jsonl", b'{"problem": "1 + 1?"}\n', "holds no problems .* 1 lack an answer"),
         ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', "line 1: .* is not in .'answer'.$"),
