@@ -2420,7 +2420,8 @@ class Run(contextlib.AbstractContextManager):
             policy, learned = learner.policy, state["learned"]
             with policy.active():  # LoRA: adapters that are switched off count as frozen
                 dcp.set_state_dict(policy.model, learner.optimizer, **learned, options=WHOLE)
-            policy.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # else it was no float16 run so far
+                policy.scaler.load_state_dict(state["scaler"])
         write_rows(self.folder / "metrics.jsonl", self.metrics)  # what came later is done again
         if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)
