@@ -1274,7 +1274,9 @@ def check_options(config: Config, command: str) -> Config:
         config = dataclasses.replace(config, temperature=1.0 if command == "train" else 0.0)
     for item in dataclasses.fields(config):
         flag, value = "--" + item.name.replace("_", "-"), getattr(config, item.name)
-        low, high = item.metadata["within"]
+        (low, high), choices = item.metadata["within"], item.metadata["choices"]
+        if choices and value not in choices:  # from Python or by hand: argparse saw no typo
+            raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value}")
         if isinstance(value, int | float) and not (low <= value <= high and value < 2**63):
             raise UsageError(f"{flag} must be between {low:g} and {high:g}, not {value}")
     c, learning, greedy = config, command == "train", config.temperature == 0
@@ -1321,7 +1323,10 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             model = model.merge_and_unload()
             model.had_adapters = True
         else:
-            model = AutoModelForCausalLM.from_pretrained(str(path), **options)
+            options["output_loading_info"] = True
+            model, info = AutoModelForCausalLM.from_pretrained(str(path), **options)
+            if info["missing_keys"]:  # they would be random numbers
+                raise ValueError(f"its weights lack {min(info['missing_keys'])}")
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         if not encode(tokenizer, "2 + 3"):  # without its files a tokenizer comes empty
             raise ValueError("it has no tokenizer")
@@ -1469,7 +1474,9 @@ def read_jsonl(path: Path, whole: bool = True) -> Iterator[tuple[str, Any]]:
             place = f"{path}, line {number}"
             try:
                 if line.strip():
-                    yield place, json.loads(line)
+                    row = json.loads(line)
+                    json.dumps(row, ensure_ascii=False).encode()  # refuses a lone \ud800
+                    yield place, row
             except (ValueError, RecursionError) as error:
                 if whole:
                     raise UsageError(f"{place}: not JSON in UTF-8 ({error})") from error
@@ -2367,7 +2374,8 @@ class Run(contextlib.AbstractContextManager):
             policy, learned = learner.policy, state["learned"]
             with policy.active():  # LoRA: adapters that are switched off count as frozen
                 dcp.set_state_dict(policy.model, learner.optimizer, **learned, options=WHOLE)
-            policy.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # else it was no float16 run so far
+                policy.scaler.load_state_dict(state["scaler"])
         write_rows(self.folder / "metrics.jsonl", self.metrics)  # what came later is done again
         if self.config.eval_every:
             write_rows(self.folder / "eval.jsonl", self.evaluations)

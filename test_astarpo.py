@@ -42,6 +42,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -1400,6 +1401,7 @@ NO_CONFIGS += [b'{"lr": null}', b'{"gradient_checkpointing": "no"}', b'{"learnin
         ("a.jsonl", b"", "holds no problems"),
         ("a.jsonl", GOOD_LINE + b"not json\n", "line 2: not JSON"),
         ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\xff"), "line 1: not JSON in UTF-8"),
+        ("a.jsonl", GOOD_LINE.replace(b"1 + 1", b"\\ud800"), "line 1: not JSON in UTF-8"),
         ("a.jsonl", b"[" * 99999 + b"\n", "line 1: not JSON"),
         ("a.jsonl", b'{"problem": "1 + 1?"}\n', "holds no problems .* 1 lack an answer"),
         ("a.jsonl", b'{"problem": {}, "answer": "2"}\n', "line 1: .* is not in .'answer'.$"),
@@ -1416,6 +1418,12 @@ def test_a_bad_file_is_one_sentence_that_names_it(name, content, complaint, tmp_
     option = "--preset" if name == "config.json" else "--train-data"
     error = refused(capsys, "train", option, file, "--out", tmp_path / "out")
     assert re.search(complaint, error) and str(file) in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["baseline", "loss", "dtype", "parallel"])
+def test_a_choice_that_is_none_is_refused_from_python_and_config_json_too(name):
+    with pytest.raises(A.UsageError, match=f"--{name} must be one of .*, not typo"):
+        A.check_options(A.Config(**{name: "typo"}), "train")
 
 
 ONE_TURN = "{{ messages[0].content }}{% if messages[1:] %}{{ raise_exception('1') }}{% endif %}"
@@ -1440,6 +1448,7 @@ def test_the_marker_after_an_answer_ends_a_turn_but_in_a_problem_it_is_mere_text
     "damage, complaint",
     [
         (lambda model: os.truncate(model / "model.safetensors", 50_000), "cannot be loaded"),
+        (lambda model: save_file({}, model / "model.safetensors"), "its weights lack"),
         (lambda model: [f.unlink() for f in model.glob("*token*")], "no tokenizer"),
         (lambda model: (model / "config.json").unlink(), "model_type"),
         (lambda model: template(model, ONE_TURN), "no later turns are possible"),
