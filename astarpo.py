@@ -159,18 +159,16 @@ def option(
     default: Any,
     text: str,
     within: tuple[float, float] = (0, math.inf),
-    choices: Sequence[str] = (),
+    choices: str = "",
     on: str = "train",
 ) -> Any:
     """A Config field with its help text, the values that make sense, and the commands it is for."""
-    about = {"help": text, "within": within, "choices": choices, "on": on.split()}
+    about = {"help": text, "within": within, "choices": choices.split(), "on": on.split()}
     return field(default=default, metadata=about)
 
 
 AT_LEAST_1, POSITIVE = (1, math.inf), (1e-9, math.inf)
 BOTH, ALL = "train eval", "train eval solve"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-BASELINES, LOSS_NAMES = ("vstar", "mean", "zero", "value"), ("astarpo", "pg", "grpo", "ppo", "awr")
 
 
 @dataclass
@@ -188,7 +186,7 @@ class Config:
     beta1: float = option(0.5, "temperature of V* in (5), in units of reward", (1e-6, 1e6), on=ALL)
     beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", POSITIVE)
     num_samples: int = option(8, "stage 1: responses a problem (N; 0: no stage 1)", on=ALL)
-    baseline: str = option("vstar", "what is subtracted from r", choices=BASELINES)
+    baseline: str = option("vstar", "what is subtracted from r", choices="vstar mean zero value")
     alpha: float = option(1.0, "PAG: weight of the change in a revision's reward")
     revisions: int = option(1, "PAG: rounds of verify and revise (0: A*-PO alone)", (0, 10), on=ALL)
     max_new_tokens: int = option(64, "longest response of one turn (tokens)", AT_LEAST_1, on=ALL)
@@ -214,13 +212,13 @@ class Config:
     update_tokens: int = option(512, "update: tokens in one pass, with padding", AT_LEAST_1)
     gradient_checkpointing: bool = option(False, "compute activations twice, to save memory")
     lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", (0, 4096))
-    parallel: str = option("ddp", "how torchrun's processes share", choices=("ddp", "fsdp"))
+    parallel: str = option("ddp", "how torchrun's processes share", choices="ddp fsdp")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", on=ALL)
-    dtype: str = option("auto", "compute in", choices=DTYPES, on=ALL)
+    dtype: str = option("auto", "compute in", choices="auto float32 bfloat16 float16", on=ALL)
     threads: int = option(0, "CPU threads (0: 1 below 10M parameters, else all)", (0, 1024), on=ALL)
 
     # The neighbours, Part II:
-    loss: str = option("astarpo", "what a step minimises", choices=LOSS_NAMES)
+    loss: str = option("astarpo", "what a step minimises", choices="astarpo pg grpo ppo awr")
     group: int = option(1, "dialogues a problem in a batch (GRPO)", AT_LEAST_1)
     search: int = option(0, "answers by best-first search: openings at most", on="eval solve")
     format_reward: float = option(0.0, "bonus for an attempt whose answer can be read", (-10, 10))
@@ -692,19 +690,18 @@ class Dialogue:
     @property
     def attempts(self) -> list[Turn]:
         """The turns with an answer: solve, then the revisions."""
-        return [turn for turn in self.turns if turn.role != "verify"]
+        return self.turns[::2]
 
     @property
     def checks(self) -> list[Turn]:
         """The verify turns; check k is about attempt k."""
-        return [turn for turn in self.turns if turn.role == "verify"]
+        return self.turns[1::2]
 
     def pay(self, config: Config) -> None:
         """Give each turn its reward. (Section 4's warning, to be tried: --format-reward is a bonus
         for a readable answer, --length-penalty a price of tokens beyond half of the room.)"""
-        correct = [turn.correct for turn in self.attempts]
-        rewards = dialogue_rewards(correct, [turn.verdict for turn in self.checks], config.alpha)
-        for turn, reward in zip(self.turns, rewards):
+        outcomes = [turn.correct for turn in self.attempts], [turn.verdict for turn in self.checks]
+        for turn, reward in zip(self.turns, dialogue_rewards(*outcomes, config.alpha)):
             over = max(0, turn.end - turn.start - config.max_new_tokens // 2)
             bonus = config.format_reward * (turn.answer is not None)
             turn.reward = reward + bonus - config.length_penalty * over
@@ -716,25 +713,6 @@ def next_role(dialogue: Dialogue) -> str | None:
     if done > 0 and dialogue.turns[-1].verdict is True:
         return None
     return "solve" if done == 0 else "verify" if done % 2 else "revise"
-
-
-def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
-    """Add the bridge to the next turn, the same one in all. (Solve's request is in ids already.)"""
-    role = next_role(dialogues[0])
-    if role != "solve":
-        request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
-        bridges = {ended: policy.bridge_ids(request, ended) for ended in (True, False)}
-        for dialogue in dialogues:
-            dialogue.ids += bridges[dialogue.turns[-1].ended]
-
-
-def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
-    """Let the policy write the next turn of each dialogue, and read off its answer or verdict."""
-    counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
-    index, which, turn_no = np.array(counters).T[:, :, None]  # each (B, 1); L positions below
-    u = uniform(config.seed, step, index, which, turn_no, np.arange(config.max_new_tokens))
-    responses = sample(policy, [d.ids for d in dialogues], u, config)  # reads each anew
-    add_turns(policy, dialogues, responses)
 
 
 def add_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[list[int]]) -> None:
@@ -753,11 +731,7 @@ def add_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[lis
 
 
 def rollout(
-    policy: Policy,
-    dialogues: Sequence[Dialogue],
-    config: Config,
-    step: int,
-    turns: int | None = None,
+    policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int, turns: int = 0
 ) -> list[Dialogue]:
     """Play dialogues, turn by turn, to their end or to so many turns. Returns all, in order.
 
@@ -769,10 +743,19 @@ def rollout(
     most = turns or 1 + 2 * config.revisions
     with gathered(policy.model):
         while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
-            ask(policy, going)  # those that go on all stand at the same turn
+            role = next_role(going[0])  # the others' too: those that go on stand at the same turn
+            if role != "solve":  # whose request is in ids already
+                request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
+                bridges = {ended: policy.bridge_ids(request, ended) for ended in (True, False)}
+                for dialogue in going:
+                    dialogue.ids += bridges[dialogue.turns[-1].ended]
             lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in going]
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
-                play_turn(policy, [going[i] for i in batch], config, step)
+                some = [going[i] for i in batch]
+                counters = np.array([(d.problem.index, d.sample, len(d.turns)) for d in some])
+                places = np.arange(config.max_new_tokens)  # (L,); below, counters as three (B, 1)
+                u = uniform(config.seed, step, *counters.T[:, :, None], places)  # (B, L)
+                add_turns(policy, some, sample(policy, [d.ids for d in some], u, config))
     for dialogue in mine:
         dialogue.pay(config)  # gives each turn its reward
     return collect(mine, len(dialogues))
@@ -818,18 +801,14 @@ def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
             for index in (dialogue.problem.index, -1):  # -1: all problems together
                 rewards[index, turn.role].append(turn.reward)
 
-    def value(samples: list[float]) -> float:
-        if config.baseline == "zero":
-            return 0.0
-        if config.baseline == "mean":
-            return float(np.mean(samples))
-        return estimate_v_star(torch.tensor(samples), config.beta1).item()
-
-    return {
-        (index, role): value(rewards.get((index, role)) or rewards.get((-1, role)) or [0.0])
-        for index in {dialogue.problem.index for dialogue in dialogues}
-        for role in ROLES
-    }
+    v_star = {}
+    for index in {dialogue.problem.index for dialogue in dialogues}:
+        for role in ROLES:
+            samples = rewards[index, role] or rewards[-1, role] or [0.0]
+            vhat = estimate_v_star(torch.tensor(samples), config.beta1).item()
+            others = {"mean": float(np.mean(samples)), "zero": 0.0}
+            v_star[index, role] = others.get(config.baseline, vhat)
+    return v_star
 
 
 @dataclass
@@ -918,10 +897,9 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
     >>> [p.index for p in batch_of_step([Problem(i, "", "") for i in range(3)], 1, 2, seed=0)]
     [1, 2]
     """
-    n, places = len(problems), range(step * size, (step + 1) * size)
-    epochs = {place // n for place in places}
-    order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs}
-    return [problems[order[place // n][place % n]] for place in places]
+    n = len(problems)
+    order = functools.cache(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
+    return [problems[order(i // n)[i % n]] for i in range(step * size, (step + 1) * size)]
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -949,9 +927,9 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         for step in run.steps(learner):  # from 0, or from where the run was interrupted
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             chosen = batch_of_step(problems, step, config.batch_size // config.group, config.seed)
-            # Numbered by place: a problem may come twice. (With --group, section 12, it does.)
-            asked = [p for p in chosen for _ in range(config.group)]
-            fresh = [Dialogue(p, [*policy.prompt_ids(p)], i) for i, p in enumerate(asked)]
+            fresh = n_dialogues(policy, chosen, config.group)  # 1 of each; section 12 says when not
+            for place, dialogue in enumerate(fresh):
+                dialogue.sample = place  # as a short epoch brings a problem twice into a batch
             with run.timed("sampling"):
                 dialogues = rollout(policy, fresh, config, step + 1)
             with run.timed("updating"):
