@@ -919,8 +919,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         dialogues = stage_one(ref, problems, config, run)
         v_star = baselines(dialogues, config)
         problems = run.after_stage_one(dialogues, v_star) or problems  # --drop-unsolved: fewer
-        with policy.active():  # with LoRA, only adapters that are switched on require gradients
-            weights = [p for p in policy.model.parameters() if p.requires_grad]
+        weights = policy.model.parameters()  # what is frozen gets no gradient, and stays as it is
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
         learner = Learner(policy, ref, v_star, optimizer)
         learn_value(learner, dialogues, config)  # section 13; for A*-PO as it is, nothing
