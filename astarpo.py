@@ -37,19 +37,19 @@ For one problem x this has an answer in closed form. Define a policy pi* and a n
   (2)  pi*(y|x) = pi_ref(y|x) * exp( (r(x, y) - V*(x)) / beta )
   (3)  V*(x)    = beta * log E_{y ~ pi_ref} [ exp( r(x, y) / beta ) ]       (makes pi* sum to 1)
 
-Put r from (2) into (1): the objective is V*(x) - beta * KL(pi || pi*). A KL is never negative, and
-0 only where both are the same: so the best policy is pi*, and V*(x) is what it achieves. We cannot
-sample from pi* (that would take the reward of every response), but take the logarithm of (2):
+The logarithm of (2) is the equation that everything here rests on:
 
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
-The right side is the *optimal advantage*: the reward of this response less V*(x). (That is the A*
-in the name. A* search is something else; section 14 shows where the two meet.) The left side we can
-compute for any response, with our policy in the place of pi*. And V*(x) does not depend on our
-policy: (3) is a mean over responses of the reference, so we can estimate it before training begins.
-So A*-PO has two stages; Vhat is the estimate of V*.
+Take r from (4) and put it into (1): what is to be maximised becomes V*(x) - beta * KL(pi || pi*). A
+KL is never negative, and 0 only where both are the same. So the best policy is pi*, and V*(x) is
+what it achieves. We cannot sample from it (that would take the reward of every response), but we
+can ask our policy to fulfil (4) in its place. The right side is the *optimal advantage*: the reward
+of a response less V*(x). (That is the A* in the name. A* search is something else; section 14 shows
+where the two meet.) V*(x) does not depend on our policy: (3) is a mean over responses of the
+reference, so it can be estimated before training begins. This is why A*-PO has two stages:
 
-  Stage 1, once, offline: N = 8 responses per problem from pi_ref, and from their rewards
+  Stage 1, once, offline: N = 8 responses per problem from pi_ref; their rewards r_i estimate V*:
   (5)  Vhat(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
   Stage 2, on-policy: ONE response y per problem from the present policy, and a gradient step on
   (6)  loss = ( beta2 * log( pi(y|x) / pi_ref(y|x) )  -  ( r(x, y) - Vhat(x) ) )^2,   beta2 = 0.001
@@ -63,23 +63,19 @@ PAG plays a dialogue with the same model, and A*-PO trains each of its turns as 
   turn 3, revise:  unless the verdict was "correct";  reward acc2 + alpha * (acc2 - acc1), alpha = 1
                    (acc1: 1 if the first answer is right, else 0; acc2: of the revised one)
 
-THE SYMBOLS.  Where to find each of them in the code (v_star is always Vhat):
+THE SYMBOLS in the code (beta1, beta2, alpha and N, there num_samples, are options: section 1):
 
-  paper            here                      where
-  x, y             problem, response         Problem, Turn
-  r(x, y)          reward                    verify(), dialogue_rewards()
-  pi, pi_ref       policy, ref               Policy, freeze()
-  log pi(y|x)      logp, ref_logp            token_logps(), update()
-  Vhat(x), (5)     v_star                    estimate_v_star(), baselines()
-  (6)              loss                      astarpo_loss(), update()
-  beta1, beta2     beta1, beta2              Config
-  N                num_samples               Config, stage_one()
-  acc1, acc2       correct[0], correct[1]    dialogue_rewards()
-  alpha            alpha                     Config, dialogue_rewards()
+  x, y             Problem, Turn
+  r(x, y)          reward: verify(), dialogue_rewards()
+  pi, pi_ref       policy, ref = freeze(policy)
+  log pi(y|x)      logp: token_logps(), update()
+  Vhat(x), (5)     v_star (always Vhat): estimate_v_star(), baselines()
+  (6)              loss: astarpo_loss(), update()
+  acc1, acc2       correct[0], correct[1]: dialogue_rewards()
 
 CONTENTS.  Part I is the lesson; read it from here to its end, in one evening. Part II shows what
-A*-PO replaces, and A* search. Part III is the appendix: what the lesson needs around it. Where the
-lesson uses one of its names, half a sentence says what it stands for.
+A*-PO replaces, and A* search. Part III is the appendix: where the lesson uses one of its names,
+half a sentence says what it stands for.
 
   Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
             6 sampling      7 V*          8 the loss  9 PAG's turns
