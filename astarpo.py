@@ -294,22 +294,21 @@ def verify(text: str | None, gold: str | float | None) -> bool:
 
 
 # --- 5. The model ---------------------------------------------------------------------------------
-# The policy is an ordinary causal language model: it reads token ids and gives, at each place, a
-# score (logit) for every possible next token. The softmax of the scores is pi(next token | so far),
-# and the probability of a whole response is the product over its tokens. Chat models see a
-# conversation as one text with markers in it, written by the tokenizer's chat template:
+# The policy is a causal language model: it reads token ids and gives, at each place, a score (logit)
+# for every possible next token. The softmax of the scores is pi(next token | so far), and the
+# probability of a response is the product over its tokens. A chat model sees a conversation as one
+# text with markers in it, written by the tokenizer's chat template:
 #
 #     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the steps ...
 #     \---------- prompt --------------------------/\----- y1 -----/\--- bridge ------ ...
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
-# between two responses the ids of the markers and of our next request: the *bridge*. (A problem's
-# own text must not end our request: `without_markers` breaks up any marker in it.)
+# between two responses the *bridge*: the ids of the markers and of our next request.
 #
 # The model stays in eval mode for ever, also while it learns: dropout would make log pi differ from
-# log pi_ref before the first update, and (6) is a statement about exactly that difference.
-# (`load_policy`, in the appendix, makes a Policy of a model's folder.)
+# log pi_ref before the first update, and (6) is about exactly that difference. (`load_policy`, in
+# the appendix, makes a Policy of a model's folder.)
 
 # The requests are all that we ever say to the model. In content they are PAG's.
 SOLVE_PROMPT = "{problem}\nSolve this step by step, and put the final answer in \\boxed{}."
@@ -325,29 +324,29 @@ REVISE_PROMPT = (
 
 @dataclass
 class Policy:
-    """A language model with what is needed to talk to it. The reference is one as well."""
+    """A language model and what is needed to talk to it: the policy itself, or the reference."""
 
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     end_ids: tuple[int, ...]  # the tokens that end a response: a chat model can have several
     device: torch.device
     dtype: torch.dtype  # what the matrix products are computed in
-    adapters: bool | None = None  # LoRA: does this policy use them? None: there are none
-    # Keeps float16's small gradients; else it does nothing:
-    scaler: Any = field(default_factory=functools.partial(torch.amp.GradScaler, enabled=False))
+    scaler: torch.amp.GradScaler  # in float16 small gradients would be 0; else it does nothing
+    adapters: bool | None = None  # LoRA: are they on (policy) or off (reference)? None: no LoRA
     prompts: dict[Problem, list[int]] = field(default_factory=dict)  # those encoded so far
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Compute as this policy: with or without its LoRA adapters, and in its dtype. (The weights
-        that learn stay float32: bfloat16 would round off an update of 1e-6.)"""
+        """Compute as this policy: with its LoRA adapters on or off, and in its dtype. (Weights that
+        learn stay float32: bfloat16 would round off an update of 1e-6.)"""
         if self.adapters is not None:
             (self.model.enable_adapters if self.adapters else self.model.disable_adapters)()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             yield
 
     def prompt_ids(self, problem: Problem) -> list[int]:
-        """The first request, up to where the model's first response begins."""
+        """The first request, up to where the first response begins. (`without_markers` breaks up
+        markers in the problem's own text: it must not end our request.)"""
         if problem not in self.prompts:
             words = without_markers(self.tokenizer, problem.problem)
             request = SOLVE_PROMPT.replace("{problem}", words)
@@ -356,9 +355,10 @@ class Policy:
         return self.prompts[problem]
 
     def bridge_ids(self, request: str, ended: bool) -> list[int]:
-        """The ids between a response and the next one. A response that was cut off (not `ended`)
-        lacks its end token: the bridge supplies it, and as the policy did not choose it, no loss
-        counts it. (`bridge_text` finds out what the chat template writes there.)"""
+        """The ids between a response and the next one: `bridge_text` has what the chat template
+        writes there. They begin with an end token, which a response that has `ended` brings itself.
+        One that was cut off does not; the policy did not choose that token, so no loss counts it.
+        """
         ids = encode(self.tokenizer, bridge_text(self.tokenizer, request))
         return ids[1:] if ended and ids[0] in self.end_ids else ids
 
@@ -379,7 +379,7 @@ def freeze(policy: Policy) -> Policy:
     if policy.adapters:
         return dataclasses.replace(policy, adapters=False)
     model = copy.deepcopy(policy.model).requires_grad_(False)
-    for layer in model.modules():  # autocast rounds these anyway; the head may be the embedding
+    for layer in model.modules():  # as autocast would, each time; the head may be the embedding
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
             layer.to(policy.dtype)
     return dataclasses.replace(policy, model=model)
@@ -388,14 +388,14 @@ def freeze(policy: Policy) -> Policy:
 # --- 6. Sampling ----------------------------------------------------------------------------------
 # A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
 # or top-p: equation (6) speaks of the policy itself, not of a sharper one. (With --temperature T,
-# pi and pi_ref both mean the model at T, here and in section 8.) Most of a run's time goes into
-# sampling. Three things make it fast, none of them an approximation:
+# pi and pi_ref both mean the model at T, here and in section 8.) Three things make it fast, and
+# none of them is an approximation:
 #
-# * a *key/value cache*: what the model computed about earlier tokens is kept, so that a new token
+# * a *key/value cache* keeps what the model computed about earlier tokens, so that a new token
 #   costs one token's work (`Cache` is transformers' own, but keeps to our dtype);
-# * a batch: many responses are written at once. Shorter prompts get padding on the left; a mask
-#   hides it, and positions count only what the mask shows. Responses end at different times, but to
-#   take rows out copies the cache: those that have ended leave when they are half of the batch;
+# * many responses are written at once. Shorter prompts get padding on the left; a mask hides it,
+#   and positions count only what the mask shows. Responses end at different times, but taking rows
+#   out copies the cache: those that have ended leave when they are half of the batch;
 # * equal prompts are read once: stage 1 asks each problem N times.
 #
 # No random generator is used. Each token is chosen by a number u in [0, 1), hashed from what it is
@@ -461,26 +461,23 @@ def sample(
 
     u: (B, L), the number that chooses each token. Config says temperature and top_p.
     """
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
-    row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    tensors = [torch.tensor(prompt, device=policy.device) for prompt in distinct]
+    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    tensors = [torch.tensor(prompt, device=policy.device) for prompt in row_of]  # distinct ones
     ids = pad_sequence(tensors, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(t) for t in tensors], True, padding_side="left")
     cache = Cache(config=policy.model.config)
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
-    # One block around all tokens: autocast casts the weights once and remembers them. In inference
-    # mode, which is faster, it would not: so that is for float32, which needs no cast. (no_grad
-    # comes second because inference_mode(False) switches gradients on.)
+    # Autocast casts the weights once for all tokens, but not in inference_mode, the faster no_grad:
+    # that is for float32. (It comes first, because inference_mode(False) switches gradients on.)
     fast = torch.inference_mode(policy.dtype == torch.float32)
     with fast, torch.no_grad(), policy.active():
         logits = read(policy.model, ids, mask, cache)  # (distinct prompts, V)
         copies = torch.tensor([row_of[tuple(p)] for p in prompts], device=policy.device)
-        if len(distinct) < len(copies):
-            cache.batch_select_indices(copies)
-            logits, mask = logits[copies], mask[copies]  # (B, V), (B, T)
-        rows = torch.arange(len(copies), device=policy.device)  # whose responses are in the batch
+        cache.batch_select_indices(copies)  # from here on a row is a response
+        logits, mask = logits[copies], mask[copies]  # (B, V), (B, T)
+        rows = torch.arange(len(copies), device=policy.device)  # those that are in the batch
         running = torch.ones_like(rows, dtype=torch.bool)
         for place in range(u.shape[1]):
             token = pick(logits, numbers[rows, place], config.temperature, config.top_p)  # (B,)
@@ -575,18 +572,15 @@ LOGITS_AT_A_TIME = 2**26  # in float32: 256 MiB a copy
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row.
-    (`method` calls `score_tokens` so that large models and several devices work, too.)"""
+    (`method` prepares `score_tokens`, which does it, for large models and several devices.)"""
     with policy.active(), method(policy.model, score_tokens) as score:
         return score(ids, scored, temperature)
 
 
 def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) -> Tensor:
-    """What `token_logps` asks the model for. The logits at place t - 1 predict token t. No mask is
-    needed: attention looks back only, and the padding comes last.
-
-    With a vocabulary of 152,000 the logits of all places would not fit into memory. So they are
-    computed for the scored places only, in pieces, and again in the backward pass.
-    """
+    """The logits at place t - 1 predict token t. No mask is needed: attention looks back only, and
+    the padding comes last. With a vocabulary of 152,000 the logits of all places would not fit into
+    memory: they are computed for the scored places only, in pieces, and again going backward."""
     hidden = model.get_decoder()(input_ids=ids, use_cache=False)  # all but the last matrix
     hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
     targets = ids[:, 1:][scored[:, 1:]]  # (M,)

@@ -273,7 +273,8 @@ def random_policy(kind: str, **sizes: Any) -> A.Policy:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **usual | (KINDS | REFUSED)[kind] | sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
-    return A.Policy(model, None, (), torch.device("cpu"), torch.float32)
+    scaler = torch.amp.GradScaler(enabled=False)
+    return A.Policy(model, None, (), torch.device("cpu"), torch.float32, scaler)
 
 
 def by_definition(policy: A.Policy, ids: list[int], start: int, u: Any, t: float) -> list[int]:
