@@ -294,10 +294,10 @@ def verify(text: str | None, gold: str | float | None) -> bool:
 
 
 # --- 5. The model ---------------------------------------------------------------------------------
-# The policy is a causal language model: it reads token ids and gives, at each place, a score (logit)
-# for every possible next token. The softmax of the scores is pi(next token | so far), and the
-# probability of a response is the product over its tokens. A chat model sees a conversation as one
-# text with markers in it, written by the tokenizer's chat template:
+# The policy is a causal language model: it reads token ids and gives, at each place, a score
+# (logit) for every possible next token. The softmax of the scores is pi(next token | so far), and
+# the probability of a response is the product over its tokens. A chat model sees a conversation as
+# one text with markers in it, written by the tokenizer's chat template:
 #
 #     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the steps ...
 #     \---------- prompt --------------------------/\----- y1 -----/\--- bridge ------ ...
@@ -496,15 +496,13 @@ def sample(
 
 
 # --- 7. V*: how good could the best policy be? ----------------------------------------------------
-# Equation (3) asks for the mean of exp(r/beta) over responses of the reference; N such responses
-# give (5). Look at what kind of mean that is. For beta1 -> infinity it is the plain mean of the
-# rewards, for beta1 -> 0 their maximum, and in between, at 0.5, one right answer in eight gives
-# Vhat = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
-# would choose that response far more often than the reference does. Why not the beta2 = 0.001 of
-# the loss? At 0.001 the same eight samples give 0.998: every problem that was solved once looks as
-# good as solved, and Vhat no longer tells an easy problem from a hard one. So, on purpose, Vhat is
-# not the V* that belongs to the loss's beta2; section 8 says why it need not be. (The logarithm is
-# concave, so on average (5) is a little too low: its bias.)
+# What kind of mean of the rewards is (5)? For beta1 -> infinity it is the plain mean, for beta1 -> 0
+# their maximum. In between, at 0.5, one right answer in eight gives Vhat = 0.5 * log((7 + e^2) / 8)
+# = 0.29: more than its share of 0.125, because the best policy would choose that response far more
+# often than the reference does. Why not the beta2 = 0.001 of the loss? At 0.001 the same eight give
+# 0.998: every problem that was solved once looks as good as solved, and Vhat no longer tells easy
+# from hard. So Vhat is not the V* that belongs to the loss's beta2; section 8 says why it need not
+# be. (The logarithm is concave: on average (5) is a little below (3). That is its bias.)
 
 
 def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
@@ -520,34 +518,32 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 
 
 # --- 8. The loss: regression on the optimal advantage ---------------------------------------------
-# Equation (6), once more: make beta2 * log(pi/pi_ref) equal to r - Vhat. Everything else in this
-# file serves the three lines of `astarpo_loss`.
+# Everything else in this file serves the three lines of `astarpo_loss`: equation (6).
 #
-# What does Vhat do here? Take the gradient of (6) for a response that the policy drew itself (the
+# What does Vhat do there? Take the gradient of (6) for a response that the policy drew itself (the
 # drawing is not differentiated),
 #     2 * beta2 * ( beta2 * log(pi/pi_ref) - r + Vhat ) * grad log pi(y|x),
 # and average over y ~ pi. Vhat does not depend on y, and the average of grad log pi is zero (it is
 # sum pi * grad log pi = grad sum pi = grad 1): Vhat drops out. What is left is -2 * beta2 times the
 # gradient of (1) with beta = beta2: on-policy the regression is a policy gradient, and Vhat its
-# *baseline*. Any V that does not depend on y leaves the same optimum, (2) with beta2. What a good
-# one takes away is noise: a problem that the reference always solves, or never, has r = Vhat and
-# moves nothing at first. So, on-policy, stage 1 buys less noise, not correctness: beta1 may differ
-# from beta2, the bias of (5) does no harm, and where a Vhat is missing, one pooled over problems
-# will do (section 10).
+# *baseline*. Any V that does not depend on y leaves the same optimum, (2) with beta2. A good one
+# takes away noise: a problem that the reference always solves, or never, has r = Vhat and moves
+# nothing at first. That is all that stage 1 buys here: so beta1 may differ from beta2, the bias of
+# (5) does no harm, and where a Vhat is missing, one pooled over problems will do.
 #
-# Off-policy it is another matter. Over responses from elsewhere the average of grad log pi is not
-# zero, and Vhat stays in the gradient. A wrong one bends the policy: the log-ratios have to fit it
-# as well as they can. Only with the V* of beta2 itself can (4) hold for every response at once. The
-# tests show both on a policy so small that all its responses can be listed. (--minibatches 2, as in
-# the paper, is off-policy by one small update. Our default is 1.)
+# Off-policy, over responses from elsewhere, the average of grad log pi is not zero, and Vhat stays
+# in the gradient. A wrong one bends the policy: the log-ratios have to fit it as well as they can.
+# Only with the V* of beta2 itself can (4) hold for every response at once. The tests show both on a
+# policy so small that all its responses can be listed. (--minibatches 2, as in the paper, is
+# off-policy by one small update. Our default is 1.)
 #
 # Do not wait for the loss to reach 0. With so small a beta2 it is nearly (r - Vhat)^2. The better
 # the policy, the more often r = 1 > Vhat, so the loss may rise while the policy improves: watch the
 # reward. (Nor does the small factor 2 * beta2 slow learning: Adam divides by the gradient's size.)
 #
-# The log-probability of a response is the sum over its tokens, with the one that ends it. The sum,
-# not the mean: (6) speaks of pi(y|x). Only tokens that the policy chose are *scored*; prompts,
-# bridges and padding are not.
+# The log-probability of a response is the sum, not the mean, over its tokens, with the one that
+# ends it: (6) speaks of pi(y|x). Only tokens that the policy chose are *scored*; prompts, bridges
+# and padding are not.
 
 
 def astarpo_loss(
@@ -598,16 +594,15 @@ def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) ->
 
 
 # --- 9. PAG: solve, verify, revise ----------------------------------------------------------------
-# So far a response was all that happened to a problem. PAG makes a dialogue of up to three turns,
-# all played by the same policy: it solves; we ask it to check its solution; unless its verdict is
-# "correct" we ask it to try again. The "unless" matters: a model that is always asked to revise
+# In PAG's dialogue the policy solves a problem; we ask it to check its solution; unless its verdict
+# is "correct" we ask it to try again. The "unless" matters: a model that is always asked to revise
 # learns to give its best answer at once and then to repeat it (the *collapse* that the paper
 # describes); one that revises only what it did not find correct must learn to judge.
 #
-# For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward
-# is its own (`dialogue_rewards`). Its Vhat is that of the problem and its *role*: to solve and to
-# judge earn different rewards on average. (The dialogue so far would have a V* of its own, but
-# nobody has N samples of it. Section 8 asks only that Vhat does not depend on the response.)
+# For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far, and it has a
+# reward of its own. Its Vhat is that of the problem and the turn's *role*, as to solve and to judge
+# earn different rewards on average. (The dialogue so far would have a V* of its own, but nobody has
+# N samples of it. Section 8 asks only that Vhat does not depend on the response.)
 ROLES = ("solve", "verify", "revise")
 
 # What a check says is read off its last sentence only, and only in the words that the request asks
@@ -635,10 +630,9 @@ def dialogue_rewards(
 ) -> list[float]:
     """Each turn's reward in the order of the turns: solve, verify, revise, verify, revise, ...
 
-    correct[k]: was attempt k right (0 is the solve turn, k the k-th revision); verdicts[k]: what
-    the check of attempt k said. As in PAG, every turn is paid for what it did itself (no reward
-    flows back from later turns), and a revision also for what it changed: breaking a right answer
-    costs alpha, mending earns it.
+    correct[k]: was attempt k right (0: the solve turn, k: the k-th revision); verdicts[k]: what the
+    check of it said. As in PAG, a turn is paid for what it did itself (no reward flows back from
+    later ones), and a revision also for what it changed: breaking a right answer costs alpha.
 
     >>> dialogue_rewards([False, True], [False], alpha=1.0)    # wrong; "wrong"; mended
     [0.0, 1.0, 2.0]
@@ -699,14 +693,14 @@ class Dialogue:
 
 def next_role(dialogue: Dialogue) -> str | None:
     """What comes next in a dialogue; None after "correct"."""
-    done = len(dialogue.turns)
-    if done > 0 and dialogue.turns[-1].verdict is True:
-        return None
-    return "solve" if done == 0 else "verify" if done % 2 else "revise"
+    if not dialogue.turns:
+        return "solve"
+    last = dialogue.turns[-1]
+    return "verify" if last.role != "verify" else None if last.verdict else "revise"
 
 
 def add_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[list[int]]) -> None:
-    """Append a response to each dialogue, as its next turn."""
+    """Append a response to each dialogue, as its next turn, and read off what it says."""
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
         start, role = len(dialogue.ids), next_role(dialogue)
@@ -752,13 +746,12 @@ def rollout(
 
 
 # --- 10. Training ---------------------------------------------------------------------------------
-# Stage 1 plays N dialogues about each problem with the reference and keeps Vhat for each (problem,
-# role). The solve and verify turns have N samples; a revision comes only after a check that did not
-# say "correct", so its Vhat often rests on one sample or two. Where there is none, Vhat is that of
-# all revisions of all problems (or 0, if there are none at all): section 8 says why that will do.
-# Stage 2 plays one dialogue a problem with the present policy and takes a gradient step on (6).
-# `Run`, in the appendix, is the run's folder: it keeps and prints what happens, and brings it back
-# after a kill.
+# In stage 1 the reference plays N dialogues about each problem, which give a Vhat for each
+# (problem, role). The solve and verify turns have N samples; a revision comes only after a check
+# that did not say "correct", so its Vhat often rests on one sample or two. Where there is none,
+# Vhat is that of all problems' revisions, if there are any (section 8 says why that will do), or 0.
+# In stage 2 the present policy plays one dialogue a problem, and (6) goes down a gradient step.
+# `Run`, in the appendix, is the run's folder: it keeps and prints what happens, also for --resume.
 
 Baselines = dict[tuple[int, str], float]  # (problem index, role) -> Vhat, in units of reward
 
@@ -769,8 +762,8 @@ def n_dialogues(policy: Policy, problems: Sequence[Problem], n: int) -> list[Dia
 
 
 def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run) -> list[Dialogue]:
-    """The reference's N dialogues about each problem, played in parts (`rollouts`). The run keeps
-    each part; those that it has already, after a kill or by --v-star, are not played again."""
+    """The reference's N dialogues about each problem. `rollouts` plays them in parts, the run keeps
+    each; what it has already, after a kill or by --v-star, is not played again."""
     wanted = n_dialogues(ref, problems, config.num_samples)
     dialogues = run.stage_one_so_far(wanted)
     for part in rollouts(ref, wanted[len(dialogues) :], config, 0, "stage 1, V*"):
@@ -780,11 +773,8 @@ def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run
 
 
 def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
-    """Vhat of every (problem, role) from the reference's dialogues.
-
-    --baseline mean takes the mean reward, --baseline zero takes 0: both are right on-policy
-    (section 8), and the authors' code has both. Try how fast they learn.
-    """
+    """Vhat of every (problem, role) from the reference's dialogues. (--baseline mean, the mean
+    reward, and --baseline zero are right on-policy, too: section 8. Try how fast they learn.)"""
     rewards: dict[tuple[int, str], list[float]] = defaultdict(list)
     for dialogue in dialogues:
         for turn in dialogue.turns:
@@ -801,8 +791,7 @@ def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
     return v_star
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Some dialogues as tensors: B rows, M scored tokens, n turns numbered 0..n-1 in order."""
 
     ids: Tensor  # (B, T), padded on the right
@@ -813,8 +802,8 @@ class Batch:
 
 
 def collate(dialogues: Sequence[Dialogue], v_star: Baselines, device: torch.device) -> Batch:
-    """One forward pass scores all turns of a dialogue: later turns extend the same ids, so causal
-    attention gives each token exactly the context that it was sampled in."""
+    """One pass will score all turns of a dialogue: later ones extend the same ids, so attention,
+    which looks back only, gives each token the context that it was sampled in."""
     ids = pad_sequence([torch.tensor(d.ids) for d in dialogues], batch_first=True)
     scored = torch.zeros_like(ids, dtype=torch.bool)
     turns, owner = [], []
@@ -843,13 +832,13 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
     """One gradient step on (6), a mean over all turns of all dialogues. Returns the metrics.
 
     `my_share` cuts the dialogues into micro-batches that fit into memory and, of several processes,
-    gives each its own. Their gradients add up, each weighted by its share of the turns, so that the
-    sum does not depend on the cut.
+    gives each its own (and of weight 0, not 1, where one lacks). Their gradients add up, each times
+    its share of the turns, so that the sum does not depend on the cut.
     """
     policy, ref, optimizer = learner.policy, learner.ref, learner.optimizer
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
     seen: dict[str, float] = defaultdict(float)
-    for part, weight in my_share(dialogues, config.update_tokens):  # weight 1 (0: see there)
+    for part, weight in my_share(dialogues, config.update_tokens):
         batch = collate(part, learner.v_star, policy.device)
         inputs = (batch.ids, batch.scored, config.temperature)
         with torch.no_grad():
@@ -903,7 +892,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         run.begin(policy, problems)
         ref = freeze(policy)
         deal_out(policy, ref, config)  # fsdp: over the devices
-        greedy = dataclasses.replace(config, temperature=0.0)
+        greedy = dataclasses.replace(config, temperature=0.0, samples=1)
         measure = functools.partial(evaluate_policy, policy, held_out, greedy)
         before = measure()
         dialogues = stage_one(ref, problems, config, run)
@@ -916,13 +905,13 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         for step in run.steps(learner):  # from 0, or from where the run was interrupted
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             chosen = batch_of_step(problems, step, config.batch_size // config.group, config.seed)
-            fresh = n_dialogues(policy, chosen, config.group)  # 1 of each; section 12 says when not
+            fresh = n_dialogues(policy, chosen, config.group)  # 1 of each; above 1: section 12
             for place, dialogue in enumerate(fresh):
-                dialogue.sample = place  # as a short epoch brings a problem twice into a batch
+                dialogue.sample = place  # else a problem that comes twice would be played alike
             with run.timed("sampling"):
                 dialogues = rollout(policy, fresh, config, step + 1)
             with run.timed("updating"):
-                look_ahead(learner, dialogues, config)  # section 12; likewise
+                look_ahead(learner, dialogues, config)  # section 12; for A*-PO nothing, too
                 size = math.ceil(len(dialogues) / config.minibatches)
                 parts = [dialogues[i : i + size] for i in range(0, len(dialogues), size)]
                 seen = [update(learner, part, config) for part in parts]
@@ -933,24 +922,22 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
 # Dialogues as in training, but about problems that were never trained on, and greedily (temperature
-# 0) unless `eval --temperature` says otherwise. There are two accuracies: acc_t1 of the first
-# attempt, acc_final of the last one. The difference is what checking was worth. A verifier that
-# always says "correct" is right as often as the solver is. So we look at its *balanced* accuracy,
-# the mean of how often it is right about right attempts and about wrong ones: a coin and any
-# constant verdict have 0.5. A trained policy makes few mistakes that it could find, so it also
-# checks a fixed pool of the shipped base's attempts, half of them wrong (`evaluate_pool`).
-# `summarize` counts.
+# 0) unless `eval --temperature` says otherwise. `summarize` counts: there are two accuracies,
+# acc_t1 of the first attempt and acc_final of the last one; the difference is what checking was
+# worth. A verifier that always says "correct" is right as often as the solver is. So we look at its
+# *balanced* accuracy, the mean of how often it is right about right attempts and about wrong ones:
+# a coin and any constant verdict have 0.5. A trained policy makes few mistakes that it could find,
+# so `evaluate_pool` lets it check a fixed pool of the shipped base's attempts, half of them wrong.
 
 Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
 
 
 def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config) -> Evaluation:
-    """Dialogues about held-out problems, K of each unless greedy."""
-    k = config.samples if config.temperature > 0 else 1
-    wanted = n_dialogues(policy, problems, k)
+    """Dialogues about held-out problems, K = --samples of each."""
+    wanted = n_dialogues(policy, problems, config.samples)
     find(policy, wanted, config)  # --search: the first turn by best-first search, Part II
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
-    return {**summarize(dialogues, k), **evaluate_pool(policy, config)}, dialogues
+    return {**summarize(dialogues, config.samples), **evaluate_pool(policy, config)}, dialogues
 
 
 # ==================================================================================================
