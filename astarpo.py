@@ -77,14 +77,12 @@ CONTENTS.  Part I is the lesson; read it from here to its end, in one evening. P
 A*-PO replaces, and A* search. Part III is the appendix: where the lesson uses one of its names,
 half a sentence says what it stands for.
 
-  Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
-            6 sampling      7 V*          8 the loss  9 PAG's turns
-           10 training     11 evaluation
-  Part II  12 other losses  13 a learned value    14 best-first search
+  Part I    1 the options   2 problems   3 answers   4 rewards   5 the model   6 sampling
+            7 V*   8 the loss   9 PAG's turns   10 training   11 evaluation
+  Part II  12 other losses   13 a learned value   14 best-first search
   Part III  A errors and progress   B loading and saving   C the algebra of answers
-            D the report            E the numbers          F watching a run
-            G runs that survive     H large models, several devices
-            I the command line
+            D the report   E the numbers   F watching a run   G runs that survive
+            H large models, several devices   I the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
             python astarpo.py eval          (data/make.py made the problems and the base model)
@@ -483,11 +481,10 @@ def sample(
             token = pick(logits, numbers[rows, place], config.temperature, config.top_p)  # (B,)
             written[rows, place] = torch.where(running, token, -1)
             running = running & ~torch.isin(token, ends)
-            going = int(running.sum())
-            if going == 0 or place + 1 == u.shape[1]:
+            stay = running.nonzero()[:, 0]
+            if len(stay) == 0 or place + 1 == u.shape[1]:
                 break
-            if going <= len(rows) / 2:  # those that have ended leave
-                stay = running.nonzero()[:, 0]
+            if len(stay) <= len(rows) / 2:  # those that have ended leave
                 cache.batch_select_indices(stay)
                 rows, token, mask, running = rows[stay], token[stay], mask[stay], running[stay]
             mask = F.pad(mask, (0, 1), value=1)
@@ -496,13 +493,13 @@ def sample(
 
 
 # --- 7. V*: how good could the best policy be? ----------------------------------------------------
-# What kind of mean of the rewards is (5)? For beta1 -> infinity it is the plain mean, for beta1 -> 0
-# their maximum. In between, at 0.5, one right answer in eight gives Vhat = 0.5 * log((7 + e^2) / 8)
-# = 0.29: more than its share of 0.125, because the best policy would choose that response far more
-# often than the reference does. Why not the beta2 = 0.001 of the loss? At 0.001 the same eight give
-# 0.998: every problem that was solved once looks as good as solved, and Vhat no longer tells easy
-# from hard. So Vhat is not the V* that belongs to the loss's beta2; section 8 says why it need not
-# be. (The logarithm is concave: on average (5) is a little below (3). That is its bias.)
+# What kind of mean of the rewards is (5)? A large beta1 makes it the plain mean, a small one the
+# maximum. In between, at 0.5, one right answer in eight gives 0.5 * log((7 + e^2) / 8) = 0.29: more
+# than its share of 0.125, because the best policy would choose that response far more often than
+# the reference does. Why not the beta2 = 0.001 of the loss? There the same eight give 0.998: every
+# problem that was solved once looks as good as solved, and Vhat no longer tells easy from hard. So
+# Vhat is not the V* that belongs to the loss's beta2; section 8 says why it need not be. (The
+# logarithm is concave: on average (5) is a little below (3). That is its bias.)
 
 
 def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
