@@ -148,21 +148,16 @@ HERE = Path(__file__).resolve().parent
 # model that comes with this file; the presets in section I have the values for a real one. Skip the
 # other two groups at first.
 
+ANY, AT_LEAST_1, POSITIVE = (0, math.inf), (1, math.inf), (1e-9, math.inf)  # what may be given
+BOTH, ALL = "train eval", "train eval solve"  # the commands that take an option
+
 
 def option(
-    default: Any,
-    text: str,
-    within: tuple[float, float] = (0, math.inf),
-    choices: str = "",
-    on: str = "train",
+    default: Any, text: str, within: tuple[float, float] = ANY, choices: str = "", on: str = "train"
 ) -> Any:
     """A Config field with its help text, the values that make sense, and the commands it is for."""
     about = {"help": text, "within": within, "choices": choices.split(), "on": on.split()}
     return field(default=default, metadata=about)
-
-
-AT_LEAST_1, POSITIVE = (1, math.inf), (1e-9, math.inf)
-BOTH, ALL = "train eval", "train eval solve"
 
 
 @dataclass
@@ -564,16 +559,17 @@ LOGITS_AT_A_TIME = 2**26  # in float32: 256 MiB a copy
 
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row.
-    (`method` prepares `score_tokens`, which does it, for large models and several devices.)"""
+    """`score_tokens` of this policy: ids, scored (B, T), padded on the right -> (M,), row by row.
+    (`method` sees to large models and several devices.)"""
     with policy.active(), method(policy.model, score_tokens) as score:
         return score(ids, scored, temperature)
 
 
 def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) -> Tensor:
-    """The logits at place t - 1 predict token t. No mask is needed: attention looks back only, and
-    the padding comes last. With a vocabulary of 152,000 the logits of all places would not fit into
-    memory: they are computed for the scored places only, in pieces, and again going backward."""
+    """log pi of the scored tokens. The logits at place t - 1 predict token t. No mask is needed:
+    attention looks back only, and the padding comes last. With a vocabulary of 152,000 the logits
+    of all places would not fit into memory: so they are computed for the scored places only, in
+    pieces, and again in the backward pass."""
     hidden = model.get_decoder()(input_ids=ids, use_cache=False)  # all but the last matrix
     hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
     targets = ids[:, 1:][scored[:, 1:]]  # (M,)
@@ -721,7 +717,7 @@ def rollout(
     deal out the dialogues, put fsdp's slices of the weights together, and give all to all.
     """
     mine = deal(dialogues)
-    most = turns or 1 + 2 * config.revisions
+    most, room = turns or 1 + 2 * config.revisions, config.max_new_tokens
     with gathered(policy.model):
         while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
             role = next_role(going[0])  # the others' too: those that go on stand at the same turn
@@ -730,12 +726,11 @@ def rollout(
                 bridges = {ended: policy.bridge_ids(request, ended) for ended in (True, False)}
                 for dialogue in going:
                     dialogue.ids += bridges[dialogue.turns[-1].ended]
-            lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in going]
+            lengths = [len(dialogue.ids) + room for dialogue in going]
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
                 some = [going[i] for i in batch]
                 counters = np.array([(d.problem.index, d.sample, len(d.turns)) for d in some])
-                places = np.arange(config.max_new_tokens)  # (L,); below, counters as three (B, 1)
-                u = uniform(config.seed, step, *counters.T[:, :, None], places)  # (B, L)
+                u = uniform(config.seed, step, *counters.T[:, :, None], np.arange(room))  # (B, L)
                 add_turns(policy, some, sample(policy, [d.ids for d in some], u, config))
     for dialogue in mine:
         dialogue.pay(config)  # gives each turn its reward
@@ -770,8 +765,8 @@ def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run
 
 
 def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
-    """Vhat of every (problem, role) from the reference's dialogues. (--baseline mean, the mean
-    reward, and --baseline zero are right on-policy, too: section 8. Try how fast they learn.)"""
+    """Vhat of every (problem, role) from the reference's dialogues. (The authors' code has
+    --baseline mean, the mean reward, and zero, too: right on-policy. Try how fast they learn.)"""
     rewards: dict[tuple[int, str], list[float]] = defaultdict(list)
     for dialogue in dialogues:
         for turn in dialogue.turns:
@@ -829,7 +824,7 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
     """One gradient step on (6), a mean over all turns of all dialogues. Returns the metrics.
 
     `my_share` cuts the dialogues into micro-batches that fit into memory and, of several processes,
-    gives each its own (and of weight 0, not 1, where one lacks). Their gradients add up, each times
+    gives each its own (of weight 1, or 0 if it only fills in). Their gradients add up, each times
     its share of the turns, so that the sum does not depend on the cut.
     """
     policy, ref, optimizer = learner.policy, learner.ref, learner.optimizer
@@ -902,7 +897,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         for step in run.steps(learner):  # from 0, or from where the run was interrupted
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             chosen = batch_of_step(problems, step, config.batch_size // config.group, config.seed)
-            fresh = n_dialogues(policy, chosen, config.group)  # 1 of each; above 1: section 12
+            fresh = n_dialogues(policy, chosen, config.group)  # group = 1 but in section 12
             for place, dialogue in enumerate(fresh):
                 dialogue.sample = place  # else a problem that comes twice would be played alike
             with run.timed("sampling"):
