@@ -37,19 +37,19 @@ For one problem x this has an answer in closed form. Define a policy pi* and a n
   (2)  pi*(y|x) = pi_ref(y|x) * exp( (r(x, y) - V*(x)) / beta )
   (3)  V*(x)    = beta * log E_{y ~ pi_ref} [ exp( r(x, y) / beta ) ]       (makes pi* sum to 1)
 
-Put r from (2) into (1): the objective is V*(x) - beta * KL(pi || pi*). A KL is never negative, and
-0 only where both are the same: so the best policy is pi*, and V*(x) is what it achieves. We cannot
-sample from pi* (that would take the reward of every response), but take the logarithm of (2):
+The logarithm of (2) is the equation that everything here rests on:
 
   (4)  beta * log( pi*(y|x) / pi_ref(y|x) )  =  r(x, y) - V*(x)  =  A*(x, y)
 
-The right side is the *optimal advantage*: the reward of this response less V*(x). (That is the A*
-in the name. A* search is something else; section 14 shows where the two meet.) The left side we can
-compute for any response, with our policy in the place of pi*. And V*(x) does not depend on our
-policy: (3) is a mean over responses of the reference, so we can estimate it before training begins.
-So A*-PO has two stages; Vhat is the estimate of V*.
+Take r from (4) and put it into (1): what is to be maximised becomes V*(x) - beta * KL(pi || pi*). A
+KL is never negative, and 0 only where both are the same. So the best policy is pi*, and V*(x) is
+what it achieves. We cannot sample from it (that would take the reward of every response), but we
+can ask our policy to fulfil (4) in its place. The right side is the *optimal advantage*: the reward
+of a response less V*(x). (That is the A* in the name. A* search is something else; section 14 shows
+where the two meet.) V*(x) does not depend on our policy: (3) is a mean over responses of the
+reference, so it can be estimated before training begins. This is why A*-PO has two stages:
 
-  Stage 1, once, offline: N = 8 responses per problem from pi_ref, and from their rewards
+  Stage 1, once, offline: N = 8 responses per problem from pi_ref; their rewards r_i estimate V*:
   (5)  Vhat(x) = beta1 * log( 1/N * sum_i exp( r_i / beta1 ) ),    beta1 = 0.5
   Stage 2, on-policy: ONE response y per problem from the present policy, and a gradient step on
   (6)  loss = ( beta2 * log( pi(y|x) / pi_ref(y|x) )  -  ( r(x, y) - Vhat(x) ) )^2,   beta2 = 0.001
@@ -63,32 +63,26 @@ PAG plays a dialogue with the same model, and A*-PO trains each of its turns as 
   turn 3, revise:  unless the verdict was "correct";  reward acc2 + alpha * (acc2 - acc1), alpha = 1
                    (acc1: 1 if the first answer is right, else 0; acc2: of the revised one)
 
-THE SYMBOLS.  Where to find each of them in the code (v_star is always Vhat):
+THE SYMBOLS in the code (beta1, beta2, alpha and N, there num_samples, are options: section 1):
 
-  paper            here                      where
-  x, y             problem, response         Problem, Turn
-  r(x, y)          reward                    verify(), dialogue_rewards()
-  pi, pi_ref       policy, ref               Policy, freeze()
-  log pi(y|x)      logp, ref_logp            token_logps(), update()
-  Vhat(x), (5)     v_star                    estimate_v_star(), baselines()
-  (6)              loss                      astarpo_loss(), update()
-  beta1, beta2     beta1, beta2              Config
-  N                num_samples               Config, stage_one()
-  acc1, acc2       correct[0], correct[1]    dialogue_rewards()
-  alpha            alpha                     Config, dialogue_rewards()
+  x, y             Problem, Turn
+  r(x, y)          reward: verify(), dialogue_rewards()
+  pi, pi_ref       policy, ref = freeze(policy)
+  log pi(y|x)      logp: token_logps(), update()
+  Vhat(x), (5)     v_star (always Vhat): estimate_v_star(), baselines()
+  (6)              loss: astarpo_loss(), update()
+  acc1, acc2       correct[0], correct[1]: dialogue_rewards()
 
 CONTENTS.  Part I is the lesson; read it from here to its end, in one evening. Part II shows what
-A*-PO replaces, and A* search. Part III is the appendix: what the lesson needs around it. Where the
-lesson uses one of its names, half a sentence says what it stands for.
+A*-PO replaces, and A* search. Part III is the appendix: where the lesson uses one of its names,
+half a sentence says what it stands for.
 
-  Part I    1 the options   2 problems    3 answers   4 rewards    5 the model
-            6 sampling      7 V*          8 the loss  9 PAG's turns
-           10 training     11 evaluation
-  Part II  12 other losses  13 a learned value    14 best-first search
+  Part I    1 the options   2 problems   3 answers   4 rewards   5 the model   6 sampling
+            7 V*   8 the loss   9 PAG's turns   10 training   11 evaluation
+  Part II  12 other losses   13 a learned value   14 best-first search
   Part III  A errors and progress   B loading and saving   C the algebra of answers
-            D the report            E the numbers          F watching a run
-            G runs that survive     H large models, several devices
-            I the command line
+            D the report   E the numbers   F watching a run   G runs that survive
+            H large models, several devices   I the command line
 
 RUN IT.     python astarpo.py train         (about a minute on a laptop; no download, no GPU)
             python astarpo.py eval          (data/make.py made the problems and the base model)
@@ -154,23 +148,16 @@ HERE = Path(__file__).resolve().parent
 # model that comes with this file; the presets in section I have the values for a real one. Skip the
 # other two groups at first.
 
+ANY, AT_LEAST_1, POSITIVE = (0, math.inf), (1, math.inf), (1e-9, math.inf)  # what may be given
+BOTH, ALL = "train eval", "train eval solve"  # the commands that take an option
+
 
 def option(
-    default: Any,
-    text: str,
-    within: tuple[float, float] = (0, math.inf),
-    choices: Sequence[str] = (),
-    on: str = "train",
+    default: Any, text: str, within: tuple[float, float] = ANY, choices: str = "", on: str = "train"
 ) -> Any:
     """A Config field with its help text, the values that make sense, and the commands it is for."""
-    about = {"help": text, "within": within, "choices": choices, "on": on.split()}
+    about = {"help": text, "within": within, "choices": choices.split(), "on": on.split()}
     return field(default=default, metadata=about)
-
-
-AT_LEAST_1, POSITIVE = (1, math.inf), (1e-9, math.inf)
-BOTH, ALL = "train eval", "train eval solve"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-BASELINES, LOSS_NAMES = ("vstar", "mean", "zero", "value"), ("astarpo", "pg", "grpo", "ppo", "awr")
 
 
 @dataclass
@@ -188,7 +175,7 @@ class Config:
     beta1: float = option(0.5, "temperature of V* in (5), in units of reward", (1e-6, 1e6), on=ALL)
     beta2: float = option(1e-3, "weight of the log-ratio in (6), reward per nat", POSITIVE)
     num_samples: int = option(8, "stage 1: responses a problem (N; 0: no stage 1)", on=ALL)
-    baseline: str = option("vstar", "what is subtracted from r", choices=BASELINES)
+    baseline: str = option("vstar", "what is subtracted from r", choices="vstar mean zero value")
     alpha: float = option(1.0, "PAG: weight of the change in a revision's reward")
     revisions: int = option(1, "PAG: rounds of verify and revise (0: A*-PO alone)", (0, 10), on=ALL)
     max_new_tokens: int = option(64, "longest response of one turn (tokens)", AT_LEAST_1, on=ALL)
@@ -214,13 +201,13 @@ class Config:
     update_tokens: int = option(512, "update: tokens in one pass, with padding", AT_LEAST_1)
     gradient_checkpointing: bool = option(False, "compute activations twice, to save memory")
     lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", (0, 4096))
-    parallel: str = option("ddp", "how torchrun's processes share", choices=("ddp", "fsdp"))
+    parallel: str = option("ddp", "how torchrun's processes share", choices="ddp fsdp")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", on=ALL)
-    dtype: str = option("auto", "compute in", choices=DTYPES, on=ALL)
+    dtype: str = option("auto", "compute in", choices="auto float32 bfloat16 float16", on=ALL)
     threads: int = option(0, "CPU threads (0: 1 below 10M parameters, else all)", (0, 1024), on=ALL)
 
     # The neighbours, Part II:
-    loss: str = option("astarpo", "what a step minimises", choices=LOSS_NAMES)
+    loss: str = option("astarpo", "what a step minimises", choices="astarpo pg grpo ppo awr")
     group: int = option(1, "dialogues a problem in a batch (GRPO)", AT_LEAST_1)
     search: int = option(0, "answers by best-first search: openings at most", on="eval solve")
     format_reward: float = option(0.0, "bonus for an attempt whose answer can be read", (-10, 10))
@@ -300,22 +287,21 @@ def verify(text: str | None, gold: str | float | None) -> bool:
 
 
 # --- 5. The model ---------------------------------------------------------------------------------
-# The policy is an ordinary causal language model: it reads token ids and gives, at each place, a
-# score (logit) for every possible next token. The softmax of the scores is pi(next token | so far),
-# and the probability of a whole response is the product over its tokens. Chat models see a
-# conversation as one text with markers in it, written by the tokenizer's chat template:
+# The policy is a causal language model: it reads token ids and gives, at each place, a score
+# (logit) for every possible next token. The softmax of the scores is pi(next token | so far), and
+# the probability of a response is the product over its tokens. A chat model sees a conversation as
+# one text with markers in it, written by the tokenizer's chat template:
 #
 #     <|user|>What is 2 + 3? ...<|end|><|assistant|>\boxed{5}<|end|><|user|>Check the steps ...
 #     \---------- prompt --------------------------/\----- y1 -----/\--- bridge ------ ...
 #
 # One rule matters for RL: what the policy wrote is never decoded and encoded again, because the
 # same text can be cut into other tokens, which have other probabilities. We keep the ids, and put
-# between two responses the ids of the markers and of our next request: the *bridge*. (A problem's
-# own text must not end our request: `without_markers` breaks up any marker in it.)
+# between two responses the *bridge*: the ids of the markers and of our next request.
 #
 # The model stays in eval mode for ever, also while it learns: dropout would make log pi differ from
-# log pi_ref before the first update, and (6) is a statement about exactly that difference.
-# (`load_policy`, in the appendix, makes a Policy of a model's folder.)
+# log pi_ref before the first update, and (6) is about exactly that difference. (`load_policy`, in
+# the appendix, makes a Policy of a model's folder.)
 
 # The requests are all that we ever say to the model. In content they are PAG's.
 SOLVE_PROMPT = "{problem}\nSolve this step by step, and put the final answer in \\boxed{}."
@@ -331,29 +317,29 @@ REVISE_PROMPT = (
 
 @dataclass
 class Policy:
-    """A language model with what is needed to talk to it. The reference is one as well."""
+    """A language model and what is needed to talk to it: the policy itself, or the reference."""
 
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     end_ids: tuple[int, ...]  # the tokens that end a response: a chat model can have several
     device: torch.device
     dtype: torch.dtype  # what the matrix products are computed in
-    adapters: bool | None = None  # LoRA: does this policy use them? None: there are none
-    # Keeps float16's small gradients; else it does nothing:
-    scaler: Any = field(default_factory=functools.partial(torch.amp.GradScaler, enabled=False))
+    scaler: torch.amp.GradScaler  # in float16 small gradients would be 0; else it does nothing
+    adapters: bool | None = None  # LoRA: are they on (policy) or off (reference)? None: no LoRA
     prompts: dict[Problem, list[int]] = field(default_factory=dict)  # those encoded so far
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Compute as this policy: with or without its LoRA adapters, and in its dtype. (The weights
-        that learn stay float32: bfloat16 would round off an update of 1e-6.)"""
+        """Compute as this policy: with its LoRA adapters on or off, and in its dtype. (Weights that
+        learn stay float32: bfloat16 would round off an update of 1e-6.)"""
         if self.adapters is not None:
             (self.model.enable_adapters if self.adapters else self.model.disable_adapters)()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             yield
 
     def prompt_ids(self, problem: Problem) -> list[int]:
-        """The first request, up to where the model's first response begins."""
+        """The first request, up to where the first response begins. (`without_markers` breaks up
+        markers in the problem's own text: it must not end our request.)"""
         if problem not in self.prompts:
             words = without_markers(self.tokenizer, problem.problem)
             request = SOLVE_PROMPT.replace("{problem}", words)
@@ -362,9 +348,10 @@ class Policy:
         return self.prompts[problem]
 
     def bridge_ids(self, request: str, ended: bool) -> list[int]:
-        """The ids between a response and the next one. A response that was cut off (not `ended`)
-        lacks its end token: the bridge supplies it, and as the policy did not choose it, no loss
-        counts it. (`bridge_text` finds out what the chat template writes there.)"""
+        """The ids between a response and the next one: `bridge_text` has what the chat template
+        writes there. They begin with an end token, which a response that has `ended` brings itself.
+        One that was cut off does not; the policy did not choose that token, so no loss counts it.
+        """
         ids = encode(self.tokenizer, bridge_text(self.tokenizer, request))
         return ids[1:] if ended and ids[0] in self.end_ids else ids
 
@@ -385,7 +372,7 @@ def freeze(policy: Policy) -> Policy:
     if policy.adapters:
         return dataclasses.replace(policy, adapters=False)
     model = copy.deepcopy(policy.model).requires_grad_(False)
-    for layer in model.modules():  # autocast rounds these anyway; the head may be the embedding
+    for layer in model.modules():  # as autocast would, each time; the head may be the embedding
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
             layer.to(policy.dtype)
     return dataclasses.replace(policy, model=model)
@@ -394,14 +381,14 @@ def freeze(policy: Policy) -> Policy:
 # --- 6. Sampling ----------------------------------------------------------------------------------
 # A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
 # or top-p: equation (6) speaks of the policy itself, not of a sharper one. (With --temperature T,
-# pi and pi_ref both mean the model at T, here and in section 8.) Most of a run's time goes into
-# sampling. Three things make it fast, none of them an approximation:
+# pi and pi_ref both mean the model at T, here and in section 8.) Three things make it fast, and
+# none of them is an approximation:
 #
-# * a *key/value cache*: what the model computed about earlier tokens is kept, so that a new token
+# * a *key/value cache* keeps what the model computed about earlier tokens, so that a new token
 #   costs one token's work (`Cache` is transformers' own, but keeps to our dtype);
-# * a batch: many responses are written at once. Shorter prompts get padding on the left; a mask
-#   hides it, and positions count only what the mask shows. Responses end at different times, but to
-#   take rows out copies the cache: those that have ended leave when they are half of the batch;
+# * many responses are written at once. Shorter prompts get padding on the left; a mask hides it,
+#   and positions count only what the mask shows. Responses end at different times, but taking rows
+#   out copies the cache: those that have ended leave when they are half of the batch;
 # * equal prompts are read once: stage 1 asks each problem N times.
 #
 # No random generator is used. Each token is chosen by a number u in [0, 1), hashed from what it is
@@ -467,36 +454,32 @@ def sample(
 
     u: (B, L), the number that chooses each token. Config says temperature and top_p.
     """
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
-    row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    tensors = [torch.tensor(prompt, device=policy.device) for prompt in distinct]
+    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    tensors = [torch.tensor(prompt, device=policy.device) for prompt in row_of]  # distinct ones
     ids = pad_sequence(tensors, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(t) for t in tensors], True, padding_side="left")
     cache = Cache(config=policy.model.config)
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
-    # One block around all tokens: autocast casts the weights once and remembers them. In inference
-    # mode, which is faster, it would not: so that is for float32, which needs no cast. (no_grad
-    # comes second because inference_mode(False) switches gradients on.)
+    # Autocast casts the weights once for all tokens, but not in inference_mode, the faster no_grad:
+    # that is for float32. (It comes first, because inference_mode(False) switches gradients on.)
     fast = torch.inference_mode(policy.dtype == torch.float32)
     with fast, torch.no_grad(), policy.active():
         logits = read(policy.model, ids, mask, cache)  # (distinct prompts, V)
         copies = torch.tensor([row_of[tuple(p)] for p in prompts], device=policy.device)
-        if len(distinct) < len(copies):
-            cache.batch_select_indices(copies)
-            logits, mask = logits[copies], mask[copies]  # (B, V), (B, T)
-        rows = torch.arange(len(copies), device=policy.device)  # whose responses are in the batch
+        cache.batch_select_indices(copies)  # from here on a row is a response
+        logits, mask = logits[copies], mask[copies]  # (B, V), (B, T)
+        rows = torch.arange(len(copies), device=policy.device)  # those that are in the batch
         running = torch.ones_like(rows, dtype=torch.bool)
         for place in range(u.shape[1]):
             token = pick(logits, numbers[rows, place], config.temperature, config.top_p)  # (B,)
             written[rows, place] = torch.where(running, token, -1)
             running = running & ~torch.isin(token, ends)
-            going = int(running.sum())
-            if going == 0 or place + 1 == u.shape[1]:
+            stay = running.nonzero()[:, 0]
+            if len(stay) == 0 or place + 1 == u.shape[1]:
                 break
-            if going <= len(rows) / 2:  # those that have ended leave
-                stay = running.nonzero()[:, 0]
+            if len(stay) <= len(rows) / 2:  # those that have ended leave
                 cache.batch_select_indices(stay)
                 rows, token, mask, running = rows[stay], token[stay], mask[stay], running[stay]
             mask = F.pad(mask, (0, 1), value=1)
@@ -505,15 +488,13 @@ def sample(
 
 
 # --- 7. V*: how good could the best policy be? ----------------------------------------------------
-# Equation (3) asks for the mean of exp(r/beta) over responses of the reference; N such responses
-# give (5). Look at what kind of mean that is. For beta1 -> infinity it is the plain mean of the
-# rewards, for beta1 -> 0 their maximum, and in between, at 0.5, one right answer in eight gives
-# Vhat = 0.5 * log((7 + e^2) / 8) = 0.29: more than its share of 0.125, because the best policy
-# would choose that response far more often than the reference does. Why not the beta2 = 0.001 of
-# the loss? At 0.001 the same eight samples give 0.998: every problem that was solved once looks as
-# good as solved, and Vhat no longer tells an easy problem from a hard one. So, on purpose, Vhat is
-# not the V* that belongs to the loss's beta2; section 8 says why it need not be. (The logarithm is
-# concave, so on average (5) is a little too low: its bias.)
+# What kind of mean of the rewards is (5)? A large beta1 makes it the plain mean, a small one the
+# maximum. In between, at 0.5, one right answer in eight gives 0.5 * log((7 + e^2) / 8) = 0.29: more
+# than its share of 0.125, because the best policy would choose that response far more often than
+# the reference does. Why not the beta2 = 0.001 of the loss? There the same eight give 0.998: every
+# problem that was solved once looks as good as solved, and Vhat no longer tells easy from hard. So
+# Vhat is not the V* that belongs to the loss's beta2; section 8 says why it need not be. (The
+# logarithm is concave: on average (5) is a little below (3). That is its bias.)
 
 
 def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
@@ -529,34 +510,32 @@ def estimate_v_star(rewards: Tensor, beta1: float) -> Tensor:
 
 
 # --- 8. The loss: regression on the optimal advantage ---------------------------------------------
-# Equation (6), once more: make beta2 * log(pi/pi_ref) equal to r - Vhat. Everything else in this
-# file serves the three lines of `astarpo_loss`.
+# Everything else in this file serves the three lines of `astarpo_loss`: equation (6).
 #
-# What does Vhat do here? Take the gradient of (6) for a response that the policy drew itself (the
+# What does Vhat do there? Take the gradient of (6) for a response that the policy drew itself (the
 # drawing is not differentiated),
 #     2 * beta2 * ( beta2 * log(pi/pi_ref) - r + Vhat ) * grad log pi(y|x),
 # and average over y ~ pi. Vhat does not depend on y, and the average of grad log pi is zero (it is
 # sum pi * grad log pi = grad sum pi = grad 1): Vhat drops out. What is left is -2 * beta2 times the
 # gradient of (1) with beta = beta2: on-policy the regression is a policy gradient, and Vhat its
-# *baseline*. Any V that does not depend on y leaves the same optimum, (2) with beta2. What a good
-# one takes away is noise: a problem that the reference always solves, or never, has r = Vhat and
-# moves nothing at first. So, on-policy, stage 1 buys less noise, not correctness: beta1 may differ
-# from beta2, the bias of (5) does no harm, and where a Vhat is missing, one pooled over problems
-# will do (section 10).
+# *baseline*. Any V that does not depend on y leaves the same optimum, (2) with beta2. A good one
+# takes away noise: a problem that the reference always solves, or never, has r = Vhat and moves
+# nothing at first. That is all that stage 1 buys here: so beta1 may differ from beta2, the bias of
+# (5) does no harm, and where a Vhat is missing, one pooled over problems will do.
 #
-# Off-policy it is another matter. Over responses from elsewhere the average of grad log pi is not
-# zero, and Vhat stays in the gradient. A wrong one bends the policy: the log-ratios have to fit it
-# as well as they can. Only with the V* of beta2 itself can (4) hold for every response at once. The
-# tests show both on a policy so small that all its responses can be listed. (--minibatches 2, as in
-# the paper, is off-policy by one small update. Our default is 1.)
+# Off-policy, over responses from elsewhere, the average of grad log pi is not zero, and Vhat stays
+# in the gradient. A wrong one bends the policy: the log-ratios have to fit it as well as they can.
+# Only with the V* of beta2 itself can (4) hold for every response at once. The tests show both on a
+# policy so small that all its responses can be listed. (--minibatches 2, as in the paper, is
+# off-policy by one small update. Our default is 1.)
 #
 # Do not wait for the loss to reach 0. With so small a beta2 it is nearly (r - Vhat)^2. The better
 # the policy, the more often r = 1 > Vhat, so the loss may rise while the policy improves: watch the
 # reward. (Nor does the small factor 2 * beta2 slow learning: Adam divides by the gradient's size.)
 #
-# The log-probability of a response is the sum over its tokens, with the one that ends it. The sum,
-# not the mean: (6) speaks of pi(y|x). Only tokens that the policy chose are *scored*; prompts,
-# bridges and padding are not.
+# The log-probability of a response is the sum, not the mean, over its tokens, with the one that
+# ends it: (6) speaks of pi(y|x). Only tokens that the policy chose are *scored*; prompts, bridges
+# and padding are not.
 
 
 def astarpo_loss(
@@ -580,19 +559,17 @@ LOGITS_AT_A_TIME = 2**26  # in float32: 256 MiB a copy
 
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi of the scored tokens: ids, scored (B, T), padded on the right -> (M,), row by row.
-    (`method` calls `score_tokens` so that large models and several devices work, too.)"""
+    """`score_tokens` of this policy: ids, scored (B, T), padded on the right -> (M,), row by row.
+    (`method` sees to large models and several devices.)"""
     with policy.active(), method(policy.model, score_tokens) as score:
         return score(ids, scored, temperature)
 
 
 def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) -> Tensor:
-    """What `token_logps` asks the model for. The logits at place t - 1 predict token t. No mask is
-    needed: attention looks back only, and the padding comes last.
-
-    With a vocabulary of 152,000 the logits of all places would not fit into memory. So they are
-    computed for the scored places only, in pieces, and again in the backward pass.
-    """
+    """log pi of the scored tokens. The logits at place t - 1 predict token t. No mask is needed:
+    attention looks back only, and the padding comes last. With a vocabulary of 152,000 the logits
+    of all places would not fit into memory: so they are computed for the scored places only, in
+    pieces, and again in the backward pass."""
     hidden = model.get_decoder()(input_ids=ids, use_cache=False)  # all but the last matrix
     hidden = hidden.last_hidden_state[:, :-1][scored[:, 1:]]  # (M, width)
     targets = ids[:, 1:][scored[:, 1:]]  # (M,)
@@ -610,16 +587,15 @@ def score_tokens(model: Any, ids: Tensor, scored: Tensor, temperature: float) ->
 
 
 # --- 9. PAG: solve, verify, revise ----------------------------------------------------------------
-# So far a response was all that happened to a problem. PAG makes a dialogue of up to three turns,
-# all played by the same policy: it solves; we ask it to check its solution; unless its verdict is
-# "correct" we ask it to try again. The "unless" matters: a model that is always asked to revise
+# In PAG's dialogue the policy solves a problem; we ask it to check its solution; unless its verdict
+# is "correct" we ask it to try again. The "unless" matters: a model that is always asked to revise
 # learns to give its best answer at once and then to repeat it (the *collapse* that the paper
 # describes); one that revises only what it did not find correct must learn to judge.
 #
-# For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far; its reward
-# is its own (`dialogue_rewards`). Its Vhat is that of the problem and its *role*: to solve and to
-# judge earn different rewards on average. (The dialogue so far would have a V* of its own, but
-# nobody has N samples of it. Section 8 asks only that Vhat does not depend on the response.)
+# For A*-PO nothing changes. A turn is a response whose problem is the dialogue so far, and it has a
+# reward of its own. Its Vhat is that of the problem and the turn's *role*, as to solve and to judge
+# earn different rewards on average. (The dialogue so far would have a V* of its own, but nobody has
+# N samples of it. Section 8 asks only that Vhat does not depend on the response.)
 ROLES = ("solve", "verify", "revise")
 
 # What a check says is read off its last sentence only, and only in the words that the request asks
@@ -647,10 +623,9 @@ def dialogue_rewards(
 ) -> list[float]:
     """Each turn's reward in the order of the turns: solve, verify, revise, verify, revise, ...
 
-    correct[k]: was attempt k right (0 is the solve turn, k the k-th revision); verdicts[k]: what
-    the check of attempt k said. As in PAG, every turn is paid for what it did itself (no reward
-    flows back from later turns), and a revision also for what it changed: breaking a right answer
-    costs alpha, mending earns it.
+    correct[k]: was attempt k right (0: the solve turn, k: the k-th revision); verdicts[k]: what the
+    check of it said. As in PAG, a turn is paid for what it did itself (no reward flows back from
+    later ones), and a revision also for what it changed: breaking a right answer costs alpha.
 
     >>> dialogue_rewards([False, True], [False], alpha=1.0)    # wrong; "wrong"; mended
     [0.0, 1.0, 2.0]
@@ -692,19 +667,18 @@ class Dialogue:
     @property
     def attempts(self) -> list[Turn]:
         """The turns with an answer: solve, then the revisions."""
-        return [turn for turn in self.turns if turn.role != "verify"]
+        return self.turns[::2]
 
     @property
     def checks(self) -> list[Turn]:
         """The verify turns; check k is about attempt k."""
-        return [turn for turn in self.turns if turn.role == "verify"]
+        return self.turns[1::2]
 
     def pay(self, config: Config) -> None:
         """Give each turn its reward. (Section 4's warning, to be tried: --format-reward is a bonus
         for a readable answer, --length-penalty a price of tokens beyond half of the room.)"""
-        correct = [turn.correct for turn in self.attempts]
-        rewards = dialogue_rewards(correct, [turn.verdict for turn in self.checks], config.alpha)
-        for turn, reward in zip(self.turns, rewards):
+        outcomes = [turn.correct for turn in self.attempts], [turn.verdict for turn in self.checks]
+        for turn, reward in zip(self.turns, dialogue_rewards(*outcomes, config.alpha)):
             over = max(0, turn.end - turn.start - config.max_new_tokens // 2)
             bonus = config.format_reward * (turn.answer is not None)
             turn.reward = reward + bonus - config.length_penalty * over
@@ -712,33 +686,14 @@ class Dialogue:
 
 def next_role(dialogue: Dialogue) -> str | None:
     """What comes next in a dialogue; None after "correct"."""
-    done = len(dialogue.turns)
-    if done > 0 and dialogue.turns[-1].verdict is True:
-        return None
-    return "solve" if done == 0 else "verify" if done % 2 else "revise"
-
-
-def ask(policy: Policy, dialogues: Sequence[Dialogue]) -> None:
-    """Add the bridge to the next turn, the same one in all. (Solve's request is in ids already.)"""
-    role = next_role(dialogues[0])
-    if role != "solve":
-        request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
-        bridges = {ended: policy.bridge_ids(request, ended) for ended in (True, False)}
-        for dialogue in dialogues:
-            dialogue.ids += bridges[dialogue.turns[-1].ended]
-
-
-def play_turn(policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int) -> None:
-    """Let the policy write the next turn of each dialogue, and read off its answer or verdict."""
-    counters = [(d.problem.index, d.sample, len(d.turns)) for d in dialogues]
-    index, which, turn_no = np.array(counters).T[:, :, None]  # each (B, 1); L positions below
-    u = uniform(config.seed, step, index, which, turn_no, np.arange(config.max_new_tokens))
-    responses = sample(policy, [d.ids for d in dialogues], u, config)  # reads each anew
-    add_turns(policy, dialogues, responses)
+    if not dialogue.turns:
+        return "solve"
+    last = dialogue.turns[-1]
+    return "verify" if last.role != "verify" else None if last.verdict else "revise"
 
 
 def add_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[list[int]]) -> None:
-    """Append a response to each dialogue, as its next turn."""
+    """Append a response to each dialogue, as its next turn, and read off what it says."""
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     for dialogue, response, text in zip(dialogues, responses, texts):
         start, role = len(dialogue.ids), next_role(dialogue)
@@ -753,11 +708,7 @@ def add_turns(policy: Policy, dialogues: Sequence[Dialogue], responses: list[lis
 
 
 def rollout(
-    policy: Policy,
-    dialogues: Sequence[Dialogue],
-    config: Config,
-    step: int,
-    turns: int | None = None,
+    policy: Policy, dialogues: Sequence[Dialogue], config: Config, step: int, turns: int = 0
 ) -> list[Dialogue]:
     """Play dialogues, turn by turn, to their end or to so many turns. Returns all, in order.
 
@@ -766,26 +717,33 @@ def rollout(
     deal out the dialogues, put fsdp's slices of the weights together, and give all to all.
     """
     mine = deal(dialogues)
-    most = turns or 1 + 2 * config.revisions
+    most, room = turns or 1 + 2 * config.revisions, config.max_new_tokens
     with gathered(policy.model):
         while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
-            ask(policy, going)  # those that go on all stand at the same turn
-            lengths = [len(dialogue.ids) + config.max_new_tokens for dialogue in going]
+            role = next_role(going[0])  # the others' too: those that go on stand at the same turn
+            if role != "solve":  # whose request is in ids already
+                request = VERIFY_PROMPT if role == "verify" else REVISE_PROMPT
+                bridges = {ended: policy.bridge_ids(request, ended) for ended in (True, False)}
+                for dialogue in going:
+                    dialogue.ids += bridges[dialogue.turns[-1].ended]
+            lengths = [len(dialogue.ids) + room for dialogue in going]
             for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
-                play_turn(policy, [going[i] for i in batch], config, step)
+                some = [going[i] for i in batch]
+                counters = np.array([(d.problem.index, d.sample, len(d.turns)) for d in some])
+                u = uniform(config.seed, step, *counters.T[:, :, None], np.arange(room))  # (B, L)
+                add_turns(policy, some, sample(policy, [d.ids for d in some], u, config))
     for dialogue in mine:
         dialogue.pay(config)  # gives each turn its reward
     return collect(mine, len(dialogues))
 
 
 # --- 10. Training ---------------------------------------------------------------------------------
-# Stage 1 plays N dialogues about each problem with the reference and keeps Vhat for each (problem,
-# role). The solve and verify turns have N samples; a revision comes only after a check that did not
-# say "correct", so its Vhat often rests on one sample or two. Where there is none, Vhat is that of
-# all revisions of all problems (or 0, if there are none at all): section 8 says why that will do.
-# Stage 2 plays one dialogue a problem with the present policy and takes a gradient step on (6).
-# `Run`, in the appendix, is the run's folder: it keeps and prints what happens, and brings it back
-# after a kill.
+# In stage 1 the reference plays N dialogues about each problem, which give a Vhat for each
+# (problem, role). The solve and verify turns have N samples; a revision comes only after a check
+# that did not say "correct", so its Vhat often rests on one sample or two. Where there is none,
+# Vhat is that of all problems' revisions, if there are any (section 8 says why that will do), or 0.
+# In stage 2 the present policy plays one dialogue a problem, and (6) goes down a gradient step.
+# `Run`, in the appendix, is the run's folder: it keeps and prints what happens, also for --resume.
 
 Baselines = dict[tuple[int, str], float]  # (problem index, role) -> Vhat, in units of reward
 
@@ -796,8 +754,8 @@ def n_dialogues(policy: Policy, problems: Sequence[Problem], n: int) -> list[Dia
 
 
 def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run) -> list[Dialogue]:
-    """The reference's N dialogues about each problem, played in parts (`rollouts`). The run keeps
-    each part; those that it has already, after a kill or by --v-star, are not played again."""
+    """The reference's N dialogues about each problem. `rollouts` plays them in parts, the run keeps
+    each; what it has already, after a kill or by --v-star, is not played again."""
     wanted = n_dialogues(ref, problems, config.num_samples)
     dialogues = run.stage_one_so_far(wanted)
     for part in rollouts(ref, wanted[len(dialogues) :], config, 0, "stage 1, V*"):
@@ -807,33 +765,25 @@ def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run
 
 
 def baselines(dialogues: Sequence[Dialogue], config: Config) -> Baselines:
-    """Vhat of every (problem, role) from the reference's dialogues.
-
-    --baseline mean takes the mean reward, --baseline zero takes 0: both are right on-policy
-    (section 8), and the authors' code has both. Try how fast they learn.
-    """
+    """Vhat of every (problem, role) from the reference's dialogues. (The authors' code has
+    --baseline mean, the mean reward, and zero, too: right on-policy. Try how fast they learn.)"""
     rewards: dict[tuple[int, str], list[float]] = defaultdict(list)
     for dialogue in dialogues:
         for turn in dialogue.turns:
             for index in (dialogue.problem.index, -1):  # -1: all problems together
                 rewards[index, turn.role].append(turn.reward)
 
-    def value(samples: list[float]) -> float:
-        if config.baseline == "zero":
-            return 0.0
-        if config.baseline == "mean":
-            return float(np.mean(samples))
-        return estimate_v_star(torch.tensor(samples), config.beta1).item()
-
-    return {
-        (index, role): value(rewards.get((index, role)) or rewards.get((-1, role)) or [0.0])
-        for index in {dialogue.problem.index for dialogue in dialogues}
-        for role in ROLES
-    }
+    v_star = {}
+    for index in {dialogue.problem.index for dialogue in dialogues}:
+        for role in ROLES:
+            samples = rewards[index, role] or rewards[-1, role] or [0.0]
+            vhat = estimate_v_star(torch.tensor(samples), config.beta1).item()
+            others = {"mean": float(np.mean(samples)), "zero": 0.0}
+            v_star[index, role] = others.get(config.baseline, vhat)
+    return v_star
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Some dialogues as tensors: B rows, M scored tokens, n turns numbered 0..n-1 in order."""
 
     ids: Tensor  # (B, T), padded on the right
@@ -844,8 +794,8 @@ class Batch:
 
 
 def collate(dialogues: Sequence[Dialogue], v_star: Baselines, device: torch.device) -> Batch:
-    """One forward pass scores all turns of a dialogue: later turns extend the same ids, so causal
-    attention gives each token exactly the context that it was sampled in."""
+    """One pass will score all turns of a dialogue: later ones extend the same ids, so attention,
+    which looks back only, gives each token the context that it was sampled in."""
     ids = pad_sequence([torch.tensor(d.ids) for d in dialogues], batch_first=True)
     scored = torch.zeros_like(ids, dtype=torch.bool)
     turns, owner = [], []
@@ -874,13 +824,13 @@ def update(learner: Learner, dialogues: Sequence[Dialogue], config: Config) -> d
     """One gradient step on (6), a mean over all turns of all dialogues. Returns the metrics.
 
     `my_share` cuts the dialogues into micro-batches that fit into memory and, of several processes,
-    gives each its own. Their gradients add up, each weighted by its share of the turns, so that the
-    sum does not depend on the cut.
+    gives each its own (of weight 1, or 0 if it only fills in). Their gradients add up, each times
+    its share of the turns, so that the sum does not depend on the cut.
     """
     policy, ref, optimizer = learner.policy, learner.ref, learner.optimizer
     n_turns = sum(len(dialogue.turns) for dialogue in dialogues)
     seen: dict[str, float] = defaultdict(float)
-    for part, weight in my_share(dialogues, config.update_tokens):  # weight 1 (0: see there)
+    for part, weight in my_share(dialogues, config.update_tokens):
         batch = collate(part, learner.v_star, policy.device)
         inputs = (batch.ids, batch.scored, config.temperature)
         with torch.no_grad():
@@ -918,10 +868,9 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
     >>> [p.index for p in batch_of_step([Problem(i, "", "") for i in range(3)], 1, 2, seed=0)]
     [1, 2]
     """
-    n, places = len(problems), range(step * size, (step + 1) * size)
-    epochs = {place // n for place in places}
-    order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs}
-    return [problems[order[place // n][place % n]] for place in places]
+    n = len(problems)
+    order = functools.cache(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
+    return [problems[order(i // n)[i % n]] for i in range(step * size, (step + 1) * size)]
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -935,27 +884,26 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         run.begin(policy, problems)
         ref = freeze(policy)
         deal_out(policy, ref, config)  # fsdp: over the devices
-        greedy = dataclasses.replace(config, temperature=0.0)
+        greedy = dataclasses.replace(config, temperature=0.0, samples=1)
         measure = functools.partial(evaluate_policy, policy, held_out, greedy)
         before = measure()
         dialogues = stage_one(ref, problems, config, run)
         v_star = baselines(dialogues, config)
         problems = run.after_stage_one(dialogues, v_star) or problems  # --drop-unsolved: fewer
-        with policy.active():  # with LoRA, only adapters that are switched on require gradients
-            weights = [p for p in policy.model.parameters() if p.requires_grad]
+        weights = policy.model.parameters()  # what is frozen gets no gradient, and stays as it is
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
         learner = Learner(policy, ref, v_star, optimizer)
         learn_value(learner, dialogues, config)  # section 13; for A*-PO as it is, nothing
         for step in run.steps(learner):  # from 0, or from where the run was interrupted
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             chosen = batch_of_step(problems, step, config.batch_size // config.group, config.seed)
-            # Numbered by place: a problem may come twice. (With --group, section 12, it does.)
-            asked = [p for p in chosen for _ in range(config.group)]
-            fresh = [Dialogue(p, [*policy.prompt_ids(p)], i) for i, p in enumerate(asked)]
+            fresh = n_dialogues(policy, chosen, config.group)  # group = 1 but in section 12
+            for place, dialogue in enumerate(fresh):
+                dialogue.sample = place  # else a problem that comes twice would be played alike
             with run.timed("sampling"):
                 dialogues = rollout(policy, fresh, config, step + 1)
             with run.timed("updating"):
-                look_ahead(learner, dialogues, config)  # section 12; likewise
+                look_ahead(learner, dialogues, config)  # section 12; for A*-PO nothing, too
                 size = math.ceil(len(dialogues) / config.minibatches)
                 parts = [dialogues[i : i + size] for i in range(0, len(dialogues), size)]
                 seen = [update(learner, part, config) for part in parts]
@@ -966,24 +914,22 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 # --- 11. Evaluation -------------------------------------------------------------------------------
 # Dialogues as in training, but about problems that were never trained on, and greedily (temperature
-# 0) unless `eval --temperature` says otherwise. There are two accuracies: acc_t1 of the first
-# attempt, acc_final of the last one. The difference is what checking was worth. A verifier that
-# always says "correct" is right as often as the solver is. So we look at its *balanced* accuracy,
-# the mean of how often it is right about right attempts and about wrong ones: a coin and any
-# constant verdict have 0.5. A trained policy makes few mistakes that it could find, so it also
-# checks a fixed pool of the shipped base's attempts, half of them wrong (`evaluate_pool`).
-# `summarize` counts.
+# 0) unless `eval --temperature` says otherwise. `summarize` counts: there are two accuracies,
+# acc_t1 of the first attempt and acc_final of the last one; the difference is what checking was
+# worth. A verifier that always says "correct" is right as often as the solver is. So we look at its
+# *balanced* accuracy, the mean of how often it is right about right attempts and about wrong ones:
+# a coin and any constant verdict have 0.5. A trained policy makes few mistakes that it could find,
+# so `evaluate_pool` lets it check a fixed pool of the shipped base's attempts, half of them wrong.
 
 Evaluation = tuple[dict[str, Any], list[Dialogue]]  # the numbers, and what they were counted on
 
 
 def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config) -> Evaluation:
-    """Dialogues about held-out problems, K of each unless greedy."""
-    k = config.samples if config.temperature > 0 else 1
-    wanted = n_dialogues(policy, problems, k)
+    """Dialogues about held-out problems, K = --samples of each."""
+    wanted = n_dialogues(policy, problems, config.samples)
     find(policy, wanted, config)  # --search: the first turn by best-first search, Part II
     dialogues = [d for part in rollouts(policy, wanted, config, -1, "evaluate") for d in part]
-    return {**summarize(dialogues, k), **evaluate_pool(policy, config)}, dialogues
+    return {**summarize(dialogues, config.samples), **evaluate_pool(policy, config)}, dialogues
 
 
 # ==================================================================================================

@@ -274,7 +274,8 @@ def random_policy(kind: str, **sizes: Any) -> A.Policy:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **usual | (KINDS | REFUSED)[kind] | sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
-    return A.Policy(model, None, (), torch.device("cpu"), torch.float32)
+    scaler = torch.amp.GradScaler(enabled=False)
+    return A.Policy(model, None, (), torch.device("cpu"), torch.float32, scaler)
 
 
 def by_definition(policy: A.Policy, ids: list[int], start: int, u: Any, t: float) -> list[int]:
@@ -938,12 +939,8 @@ def dialogue(index: int, answers: list[str], verdicts: list[bool | None]) -> A.D
 def test_a_role_without_samples_gets_the_value_of_all_samples_of_that_role():
     dialogues = [dialogue(0, ["1"], [True]), dialogue(0, ["0"], [True])]
     dialogues += [dialogue(1, ["0", "1"], [False]), dialogue(1, ["0", "0"], [False])]
-    pooled = {
-        "vstar": A.estimate_v_star(torch.tensor([2.0, 0.0]), 0.5).item(),
-        "mean": 1,
-        "zero": 0,
-    }
-    for kind, expected in pooled.items():
+    vhat = A.estimate_v_star(torch.tensor([2.0, 0.0]), 0.5).item()
+    for kind, expected in {"vstar": vhat, "mean": 1, "zero": 0}.items():
         config = A.Config(baseline=kind)
         values = A.baselines(dialogues, config)
         assert values[0, "revise"] == values[1, "revise"] == pytest.approx(expected)
