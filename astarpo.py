@@ -2243,8 +2243,6 @@ class Run(contextlib.AbstractContextManager):
     def __init__(self, config: Config, resume: bool) -> None:
         self.config, self.resumed = check_options(config, "train"), resume
         self.folder = Path(config.out) if resume else new_folder(config.out)
-        if resume and (self.folder / "summary.json").exists():  # the last thing that a run writes
-            raise UsageError(f"--resume: the run in {self.folder} is finished")
         self.stage_one = self.folder / "v_star.jsonl"
         self.metrics: Metrics = []  # of the steps so far
         self.evaluations: Metrics = []  # of --eval-every
@@ -2653,7 +2651,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("astarpo.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="evaluate, stage 1, stage 2, evaluate")
-    resume = "go on with an unfinished run, with its own options but for those that are given"
+    resume = "go on with a run, with its own options but for those that are given"
     training.add_argument("--resume", default="", metavar="RUN", help=resume)
     commands.add_parser("eval", help="evaluate a model on held-out problems")
     solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
