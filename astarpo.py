@@ -875,7 +875,7 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary. `resume`
-    goes on with the unfinished run in config.out."""
+    goes on with the run in config.out."""
     with Run(config, resume) as run:
         config = run.config  # with a temperature, if none was given
         policy = load_policy(config)
