@@ -757,7 +757,7 @@ def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run
     """The reference's N dialogues about each problem. `rollouts` plays them in parts, the run keeps
     each; what it has already, after a kill or by --v-star, is not played again."""
     wanted = n_dialogues(ref, problems, config.num_samples)
-    dialogues = run.stage_one_so_far(wanted)
+    dialogues = run.played
     for part in rollouts(ref, wanted[len(dialogues) :], config, 0, "stage 1, V*"):
         run.keep(part)
         dialogues += part
@@ -875,7 +875,7 @@ def batch_of_step(problems: Sequence[Problem], step: int, size: int, seed: int) 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """The whole of A*-PO + PAG: evaluate, stage 1, stage 2, evaluate. Returns the summary. `resume`
-    goes on with the unfinished run in config.out."""
+    goes on with the run in config.out."""
     with Run(config, resume) as run:
         config = run.config  # with a temperature, if none was given
         policy = load_policy(config)
@@ -2243,8 +2243,6 @@ class Run(contextlib.AbstractContextManager):
     def __init__(self, config: Config, resume: bool) -> None:
         self.config, self.resumed = check_options(config, "train"), resume
         self.folder = Path(config.out) if resume else new_folder(config.out)
-        if resume and (self.folder / "summary.json").exists():  # the last thing that a run writes
-            raise UsageError(f"--resume: the run in {self.folder} is finished")
         self.stage_one = self.folder / "v_star.jsonl"
         self.metrics: Metrics = []  # of the steps so far
         self.evaluations: Metrics = []  # of --eval-every
@@ -2262,8 +2260,8 @@ class Run(contextlib.AbstractContextManager):
             raise RunError(f"stopped; go on with 'train --resume {self.folder}'") from None
 
     def begin(self, policy: Policy, problems: list[Problem]) -> None:
-        """Write config.json, and see that stage 1, where it is known, is of this model and these
-        problems. Raises UsageError."""
+        """Write config.json, and v_star.jsonl as far as it is known. Raises UsageError if what is
+        known of stage 1 is of another model or of other problems."""
         config, weights = self.config, weights_hash(policy.model)
         # What stage 1's samples depend on (but for the seed: any sample of the reference will do).
         sizes = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
@@ -2276,24 +2274,19 @@ class Run(contextlib.AbstractContextManager):
         if lines[:1] != [self.mark]:
             made = "with other weights, problems, sampling options or by another version"
             raise UsageError(f"{path} is missing or was made {made}: begin a run without it")
-        self.played = [to_dialogue(line) for line in lines[1:]]
+        self.played, part = [to_dialogue(line) for line in lines[1:]], PART * world()[1]
+        if len(self.played) < len(problems) * config.num_samples:
+            # A part is played together, and rounding depends on the company: only whole ones count.
+            del self.played[len(self.played) // part * part :]
+        for dialogue in self.played:
+            dialogue.pay(config)
         if not self.resumed:
             new_folder(str(self.folder))  # is it still free, after the loading?
         if is_first():  # two of us must not go on with one run; a dead one lets go
             with trying(f"the run in {self.folder} is still going on"):
                 self.lock.acquire(timeout=0)
         write_rows(self.folder / "config.json", [config], indent=2)
-
-    def stage_one_so_far(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
-        """Those of the wanted dialogues that have been played, in whole parts (a part is played
-        together, and rounding depends on the company)."""
-        done, size = self.played, PART * world()[1]
-        if len(done) < len(wanted):
-            done = done[: len(done) // size * size]
-        for dialogue in done:
-            dialogue.pay(self.config)
-        write_rows(self.stage_one, [self.mark, *done])
-        return done
+        write_rows(self.stage_one, [self.mark, *self.played])
 
     def keep(self, dialogues: Sequence[Dialogue]) -> None:
         """Keep a part of stage 1."""
@@ -2323,8 +2316,6 @@ class Run(contextlib.AbstractContextManager):
             if state["scaler"]:  # else it was no float16 run so far
                 policy.scaler.load_state_dict(state["scaler"])
         write_rows(self.folder / "metrics.jsonl", self.metrics)  # what came later is done again
-        if self.config.eval_every:
-            write_rows(self.folder / "eval.jsonl", self.evaluations)
         self.learner = learner  # from here on an error keeps its model
         with progress("stage 2", self.config.steps, len(self.metrics)) as self.bar:
             yield from range(len(self.metrics), self.config.steps)
@@ -2340,18 +2331,14 @@ class Run(contextlib.AbstractContextManager):
         """A step's line of metrics.jsonl: means over its updates, its dialogues, its costs. It
         moves the bar; where there is no terminal, a line is printed now and then."""
         step, steps = len(self.metrics) + 1, self.config.steps
-        seen = {name: mean(update[name] for update in updates) for name in updates[0]}
+        means = {name: mean(update[name] for update in updates) for name in updates[0]}
+        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
+        metrics = {"step": step, **finite, **statistics(dialogues), **self.seconds}
         sampled = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
+        metrics["tokens_per_second"] = sampled / sum(self.seconds.values())
         device = self.learner.policy.device
         peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-        metrics = {
-            "step": step,
-            **{name: value if math.isfinite(value) else None for name, value in seen.items()},
-            **statistics(dialogues),
-            **self.seconds,
-            "tokens_per_second": sampled / sum(self.seconds.values()),
-            "peak_memory_mib": peak,
-        }
+        metrics["peak_memory_mib"] = peak
         self.metrics.append(metrics)
         write_rows(self.folder / "metrics.jsonl", [metrics], append=True)
         numbers = " ".join(f"{name} {show(metrics[key], 2)}" for key, name in SHOWN.items())
@@ -2372,16 +2359,13 @@ class Run(contextlib.AbstractContextManager):
             if all(final > earlier["acc_final"] for earlier in self.evaluations):
                 save_model(self.learner.policy, self.folder / "best")
             self.evaluations.append(summary)
-            write_rows(self.folder / "eval.jsonl", [summary], append=True)
+            write_rows(self.folder / "eval.jsonl", self.evaluations)
         if step == config.steps or (config.save_every and step % config.save_every == 0):
             policy, optimizer = self.learner.policy, self.learner.optimizer
             weights, moments = dcp.get_state_dict(policy.model, optimizer, options=WHOLE)
-            state = {
-                "learned": {"model_state_dict": weights, "optim_state_dict": moments},
-                "scaler": policy.scaler.state_dict(),
-                "metrics": self.metrics,
-                "evaluations": self.evaluations,
-            }
+            learned = {"model_state_dict": weights, "optim_state_dict": moments}
+            state = {"learned": learned, "scaler": policy.scaler.state_dict()}
+            state |= {"metrics": self.metrics, "evaluations": self.evaluations}
             if is_first():
                 with whole_or_not(self.folder / "state.pt") as partial, partial.open("wb") as file:
                     torch.save(state, file)
@@ -2408,10 +2392,8 @@ def new_folder(path: str, suffix: str = "") -> Path:
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UsageError(f"--out {folder} cannot be written: {above} is no folder or not yours")
-    if above == folder and {file.name for file in folder.iterdir()} - {
-        "config.json.partial",
-        "lock",
-    }:
+    early = {"config.json.partial", "lock"}  # all that a run leaves which is killed at once
+    if above == folder and {file.name for file in folder.iterdir()} - early:
         raise UsageError(f"--out {folder} holds files already: name a new folder, or --resume it")
     return collect([folder], world()[1])[0]  # of several processes the first one names it
 
@@ -2421,8 +2403,7 @@ def read_config(path: Path) -> Config:
     with trying(f"{path} is not the config.json of a run"):
         config = Config(**json.loads(path.read_text(encoding="utf-8")))
         for item in dataclasses.fields(config):
-            value = getattr(config, item.name)
-            if value != item.default and TYPES[item.type](value) != value:
+            if type(value := getattr(config, item.name)) not in TYPES[item.type]:
                 raise TypeError(f"'{item.name}' is {value!r}")
     return config
 
@@ -2434,16 +2415,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 # --- H. Large models, several devices -------------------------------------------------------------
 # LoRA (Hu et al. 2021) learns small matrices beside frozen weights, which can then be half as wide;
-# the reference is the same weights without them. Recomputing activations in the backward pass
-# trades time for memory. `torchrun --nproc_per_node=8 astarpo.py train ...` starts eight of us:
-# each plays its share of the dialogues, all exchange them, each scores its share, and the gradients
-# are summed. ddp: every process holds everything. fsdp (PyTorch's FSDP2): weights, gradients and
-# moments are dealt out in slices and put together layer by layer where they are needed, but as a
-# whole while sampling, where every process goes at its own pace.
+# the reference is the same weights without them. `torchrun --nproc_per_node=8 astarpo.py train`
+# starts eight of us: each plays its share of the dialogues, all exchange them, each scores its
+# share, and the gradients are summed. fsdp (PyTorch's FSDP2) deals out weights, gradients and
+# moments in slices, which come together layer by layer where they are needed, but as a whole while
+# sampling, where every process goes at its own pace.
 
 WHOLE = dcp.StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
 )
+PART = 512  # dialogues that each process plays before they are kept and the progress bar moves
 
 
 def add_adapters(policy: Policy, rank: int, seed: int) -> None:
@@ -2477,10 +2458,10 @@ def blocks(model: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def method(model: Any, function: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
-    """`function` of this model, as fsdp wants it called and, with --gradient-checkpointing where a
-    gradient will be wanted, recomputing. transformers recomputes in training mode only, which
-    would wake dropout as well: so only the layers' own flags are set, and only here (while sampling
-    it would switch the cache off)."""
+    """`function` of this model, as fsdp wants it called. With --gradient-checkpointing activations
+    are computed again in the backward pass; transformers does so in training mode only, so that is
+    switched on here, for the layers alone (it wakes dropout, too, and while sampling it would
+    switch the cache off)."""
     for layer in blocks(model):
         layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
     yield getattr(model, function.__name__, None) or functools.partial(function, model)
@@ -2522,9 +2503,6 @@ def collect(mine: list[Any], n: int) -> list[Any]:
     if len(parts) > 1:
         dist.all_gather_object(parts, mine)
     return [parts[i % len(parts)][i // len(parts)] for i in range(n)]
-
-
-PART = 512  # dialogues that each process plays before they are kept and the progress bar moves
 
 
 def rollouts(
@@ -2617,7 +2595,9 @@ def sum_over_processes(model: Any, seen: dict[str, float]) -> dict[str, float]:
 
 # --- I. The command line --------------------------------------------------------------------------
 
-TYPES = {"int": int, "float": float, "float | None": float, "str": str, "bool": bool}
+# What an option may be in config.json; on the command line the first of these.
+TYPES = {"int": [int], "float": [float, int], "str": [str], "bool": [bool]}
+TYPES["float | None"] = [*TYPES["float"], type(None)]
 # Real models. What is marked * is the value of the A*-PO authors' MATH script (7,500 problems, 25
 # epochs: 732 batches of 256), and so are our defaults of beta1, beta2 and N; what is not is ours,
 # for one GPU of 80 GB.
@@ -2671,7 +2651,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("astarpo.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="evaluate, stage 1, stage 2, evaluate")
-    resume = "go on with an unfinished run, with its own options but for those that are given"
+    resume = "go on with a run, with its own options but for those that are given"
     training.add_argument("--resume", default="", metavar="RUN", help=resume)
     commands.add_parser("eval", help="evaluate a model on held-out problems")
     solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
@@ -2696,7 +2676,7 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         if item.name in heads:
             group = parser.add_argument_group(heads[item.name])
         if command in item.metadata["on"]:
-            kind, choices = TYPES[item.type], item.metadata["choices"] or None
+            kind, choices = TYPES[item.type][0], item.metadata["choices"] or None
             name = None if choices else kind.__name__.upper()
             takes = {"type": kind, "choices": choices, "metavar": name}
             if kind is bool:
@@ -2709,8 +2689,8 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
 
 def chosen_config(options: argparse.Namespace) -> Config:
     """The options: given ones, else those of --resume or --preset, else the defaults."""
-    commands = {item.name: item.metadata["on"] for item in dataclasses.fields(Config)}
-    given = {name: value for name, value in vars(options).items() if name in commands}
+    names = {f.name for f in dataclasses.fields(Config) if options.command in f.metadata["on"]}
+    given = {name: value for name, value in vars(options).items() if name in names}
     if getattr(options, "resume", ""):
         if options.preset:
             raise UsageError("--resume goes on with the run's own options: leave --preset out")
@@ -2721,8 +2701,7 @@ def chosen_config(options: argparse.Namespace) -> Config:
         newest = max(Path("runs").glob("*/summary.json"), key=os.path.getmtime, default=None)
         model = str(newest.parent) if newest else Config().model
         values |= {"model": model, "temperature": None, "eval_limit": 0}
-    values |= given
-    return Config(**{name: v for name, v in values.items() if options.command in commands[name]})
+    return Config(**{name: given.get(name, values[name]) for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2745,11 +2724,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:  # matplotlib for 'plot', peft for --lora
         status, message = 2, f"{error}; pip install {error.name}"
     except torch.OutOfMemoryError:
-        status = 1
-        message = (
-            "out of memory: while sampling, a lower --rollout-tokens helps; in the update a lower "
-            "--update-tokens or --gradient-checkpointing (go on with 'train --resume' and these)"
-        )
+        remedies = "a lower --rollout-tokens or --update-tokens, or --gradient-checkpointing"
+        status, message = 1, f"out of memory: try {remedies} (a run goes on with --resume)"
     except (RunError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, say
         status, message = 1, str(error) or "stopped"
     finally:

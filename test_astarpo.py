@@ -1390,6 +1390,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path, base, capsys):
 GOOD_LINE = b'{"problem": "1 + 1?", "answer": "2"}\n'
 NO_CONFIGS = [b"no json", b"[1]", b"5", b"null", b'{"steps": "40"}', b'{"steps": 4.5}', b"\0"]
 NO_CONFIGS += [b'{"lr": null}', b'{"gradient_checkpointing": "no"}', b'{"learning_rate": 1}']
+NO_CONFIGS += [b'{"steps": 3.0}', b'{"steps": true}', b'{"group": true}', b'{"seed": null}']
 
 
 @pytest.mark.parametrize(
@@ -1648,8 +1649,8 @@ def undisturbed(tmp_path_factory) -> dict[str, Any]:
     return left_by(folder)
 
 
-SOAK = "ASTARPO_SOAK" in os.environ  # kill it at each of the 57 moments when it touches its folder
-MOMENTS = range(1, 58) if SOAK else (3, 8, 37)  # at once, in stage 1, in the second save
+SOAK = "ASTARPO_SOAK" in os.environ  # kill it at each of the 59 moments when it touches its folder
+MOMENTS = range(1, 60) if SOAK else (3, 8, 38)  # at once, in stage 1, in the second save
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -1727,7 +1728,9 @@ def test_a_run_goes_on_with_its_own_options_but_for_those_that_are_given(
     assert_close(numbers_of(run), numbers_of(finished))
     config = A.read_config(run / "config.json")
     assert (config.seed, config.rollout_tokens, config.update_tokens) == (5, 999, 99)
-    assert "is finished" in refused(capsys, "train", "--resume", run)
+    begun = numbers_of(run)
+    told(capsys, "train", "--resume", run, "--steps", 3)  # a finished one, too: it takes more steps
+    assert numbers_of(run)[:2] == begun and numbers_of(run)[2]["step"] == 3
     assert "is not the config.json of a run" in refused(capsys, "train", "--resume", "nowhere")
 
 
