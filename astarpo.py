@@ -1445,8 +1445,7 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
-    """Read a row in MATH's schema or in a common variant: other names, a box or GSM8K's #### in a
-    worked solution. No answer is ''. Raises UsageError with the place."""
+    """A row in MATH's schema or a variant of it; no answer is ''. A UsageError has the place."""
     cells = row.items() if isinstance(row, dict) else ()
     texts = {name.lower(): str(cell) for name, cell in cells if isinstance(cell, str | int | float)}
 
@@ -2088,8 +2087,7 @@ def voting(dialogues: Sequence[Dialogue], n: int) -> dict[str, float]:
 
 
 def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
-    """How the verify turn judges the fixed pool beside the evaluation data (attempts.jsonl); None
-    where there is no pool, or no verify turn."""
+    """How the verify turn judges the attempts.jsonl beside the evaluation data; None without."""
     path = local(config.eval_data).parent / "attempts.jsonl"
     pool = read_lines(path)[: config.eval_limit or None] if config.revisions else []
     attempts = []
