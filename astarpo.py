@@ -2037,10 +2037,9 @@ def wilson(values: np.ndarray) -> list[float]:
 def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
     """What an evaluation with k dialogues a problem says: of all, of each level and subject."""
     groups = defaultdict(list)
-    for dialogue in dialogues:
-        problem = dialogue.problem
-        for title in {"all", f"level {problem.level}", problem.subject}:
-            groups[title].append(dialogue)
+    for d in dialogues:
+        for title in {"all", f"level {d.problem.level}", d.problem.subject}:
+            groups[title].append(d)
     found = {}
     for title, group in sorted(groups.items()):
         intervals = {f"{a}_ci": wilson(shares_right(group, i)) for a, i in ACCURACIES.items()}
@@ -2138,16 +2137,15 @@ def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour
     """A metric of each group of runs: raw points, the smoothed mean, the band of its seeds."""
     import pandas
 
-    label = metric
     for style, runs in zip(itertools.cycle(("-", "--", ":", "-.")), groups.values()):
         curves = [{m["step"]: m.get(metric) for m in run} for run in runs]
         raw = pandas.concat([pandas.Series(curve, dtype=float) for curve in curves], axis=1)
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
+        label = metric if style == "-" else "_"  # the colours are explained once
         axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)
         band = smooth.min(axis=1), smooth.max(axis=1)
         axis.fill_between(raw.index, *band, color=colour, alpha=0.2, lw=0)
-        label = "_"  # the colours are explained once
 
 
 def plot(folders: Sequence[Path], out: Path) -> None:
