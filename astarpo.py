@@ -1189,14 +1189,13 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
-    """Hide the progress bars of other libraries, and make of whatever they raise (each has its own
-    kinds, dozens of them) one sentence that begins with `what`."""
+    """Hide the progress bars of other libraries; whatever they raise becomes one sentence."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     except (UsageError, RunError, ModuleNotFoundError, torch.OutOfMemoryError):
         raise  # for these there are better words
-    except Exception as error:
+    except Exception as error:  # each library has its own kinds, dozens of them
         cause = error.__cause__ or error
         reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
         raise kind(f"{what}: {reason}") from error
@@ -1214,8 +1213,7 @@ def progress(label: str, total: int, done: int = 0) -> tqdm:
 
 
 def check_options(config: Config, command: str) -> Config:
-    """Refuse nonsense, with a UsageError, before anything is loaded. Returns the options, with the
-    command's temperature if none was given."""
+    """Refuse nonsense before anything is loaded. Returns the options with a temperature."""
     if config.temperature is None:
         config = dataclasses.replace(config, temperature=1.0 if command == "train" else 0.0)
     for item in dataclasses.fields(config):
@@ -1258,8 +1256,6 @@ def open_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or the hub; a LoRA checkpoint is merged into its base."""
     path = local(name)
     path = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # the folder of a run
-    if not path.exists():
-        print(f"{name} is no folder here: looking on the Hugging Face hub")
     options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     with trying(f"--model {name} cannot be loaded"):
         if (path / "adapter_config.json").is_file():
@@ -1301,6 +1297,13 @@ def load_policy(config: Config) -> Policy:
     ends = turn_ends(model, tokenizer)
     policy = Policy(model.to(device), tokenizer, ends, device, dtype, scaler=scaler)
     check_model(config.model, policy)
+    requests = [VERIFY_PROMPT, REVISE_PROMPT] * config.revisions
+    longest = config.max_prompt_tokens + (1 + len(requests)) * config.max_new_tokens
+    longest += sum(len(policy.bridge_ids(request, ended=False)) for request in requests)
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if longest > context:
+        why = f"a dialogue may take {longest} tokens, the model's context has {context}: "
+        raise UsageError(why + "lower --max-prompt-tokens, --max-new-tokens or --revisions")
     print(f"{config.model}: {millions:,.1f}M parameters, {device}, {str(dtype)[6:]}, ", end="")
     print(f"{torch.get_num_threads()} thread(s); a turn ends with {tokenizer.decode(ends)}")
     if config.lora:
@@ -1365,17 +1368,6 @@ def check_model(name: str, policy: Policy) -> None:
             raise ValueError("it needs more than a key/value cache, or caps its logits")
 
 
-def check_context(policy: Policy, config: Config) -> None:
-    """The longest possible dialogue must fit into the model's context."""
-    requests = [VERIFY_PROMPT, REVISE_PROMPT] * config.revisions
-    longest = config.max_prompt_tokens + (1 + len(requests)) * config.max_new_tokens
-    longest += sum(len(policy.bridge_ids(request, ended=False)) for request in requests)
-    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
-    if longest > context:
-        why = f"a dialogue may take {longest} tokens, the model's context has {context}: "
-        raise UsageError(why + "lower --max-prompt-tokens, --max-new-tokens or --revisions")
-
-
 def weights_hash(model: Any) -> str:
     """Which weights are these? A hash over every tensor, in the order of their names."""
     digest = hashlib.sha256()
@@ -1387,13 +1379,10 @@ def weights_hash(model: Any) -> str:
 
 
 def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
-    """The first problems of --train-data (split "train") or --eval-data ("test") that have an
-    answer and are not too long."""
-    check_context(policy, config)
+    """The first usable problems of --train-data (split "train") or --eval-data ("test")."""
     source = config.train_data if split == "train" else config.eval_data
     limit = config.train_limit if split == "train" else config.eval_limit
-    problems: list[Problem] = []
-    left_out = 0
+    problems, left_out = [], 0
     for index, (place, row) in enumerate(read_rows(source, split)):
         if len(problems) == limit > 0:
             break
@@ -1456,8 +1445,7 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
-    """Read a row in MATH's schema or in a common variant: other names, a box or GSM8K's #### in a
-    worked solution. No answer is ''. Raises UsageError with the place."""
+    """A row in MATH's schema or a variant of it; no answer is ''. A UsageError has the place."""
     cells = row.items() if isinstance(row, dict) else ()
     texts = {name.lower(): str(cell) for name, cell in cells if isinstance(cell, str | int | float)}
 
@@ -1469,8 +1457,7 @@ def to_problem(row: Any, index: int, place: str, config: Config) -> Problem:
         raise UsageError(f"{place}: --problem-column {config.problem_column} is not in {[*texts]}")
     if re.search(r"####|\\boxed", answer) or answer == first_of("solution"):
         answer = extract_answer(answer) or ""
-    digits = re.search(r"\d+", first_of("level"))  # of "Level 5"
-    level = int(digits[0]) if digits else None
+    level = next(map(int, re.findall(r"\d+", first_of("level"))), None)  # of "Level 5"
     return Problem(index, problem, answer, level, first_of("subject,type"))
 
 
@@ -2050,23 +2037,19 @@ def wilson(values: np.ndarray) -> list[float]:
 def summarize(dialogues: Sequence[Dialogue], k: int) -> dict[str, Any]:
     """What an evaluation with k dialogues a problem says: of all, of each level and subject."""
     groups = defaultdict(list)
-    for dialogue in dialogues:
-        problem = dialogue.problem
-        for title in {"all", f"level {problem.level}", problem.subject}:
-            groups[title].append(dialogue)
+    for d in dialogues:
+        for title in {"all", f"level {d.problem.level}", d.problem.subject}:
+            groups[title].append(d)
     found = {}
     for title, group in sorted(groups.items()):
-        numbers = {"n": len(group) // k, **statistics(group)}
-        for name, attempt in ACCURACIES.items():
-            numbers[f"{name}_ci"] = wilson(shares_right(group, attempt))
-        found[title] = numbers
+        intervals = {f"{a}_ci": wilson(shares_right(group, i)) for a, i in ACCURACIES.items()}
+        found[title] = {"n": len(group) // k, **statistics(group), **intervals}
     return found.pop("all") | (voting(dialogues, k) if k > 1 else {}) | {"groups": found}
 
 
 def paired(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> dict[str, Any]:
-    """Is the first model better than the second on the same problems? For both ACCURACIES the
-    difference with its interval, on how many problems it is better and worse, and McNemar's exact
-    p: how often a fair coin would split these problems at least as unevenly."""
+    """How much better the first model is on the same problems, with an interval; on how many it is
+    better and worse; McNemar's exact p: how often a coin would split these at least as unevenly."""
     found = {}
     for name, attempt in ACCURACIES.items():
         gain = shares_right(first, attempt) - shares_right(second, attempt)
@@ -2103,21 +2086,19 @@ def voting(dialogues: Sequence[Dialogue], n: int) -> dict[str, float]:
 
 
 def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
-    """How the verify turn judges the fixed pool beside the evaluation data (attempts.jsonl); None
-    where there is no pool, or no verify turn."""
+    """How the verify turn judges the attempts.jsonl beside the evaluation data; None without."""
     path = local(config.eval_data).parent / "attempts.jsonl"
-    pool = read_jsonl(path) if config.revisions and path.is_file() else ()
+    pool = read_lines(path)[: config.eval_limit or None] if config.revisions else []
     attempts = []
-    for place, row in itertools.islice(pool, config.eval_limit or None):
-        with trying(place):
-            problem = to_problem(row, -1, place, Config())  # its columns are ours
+    with trying(f"{path} is no pool of attempts"):
+        for row in pool:
+            problem = Problem(-1, row["problem"], row["answer"])
+            ids = policy.prompt_ids(problem) + encode(policy.tokenizer, row["attempt"])
             turn = Turn("solve", 0, 0, row["attempt"], ended=False, correct=row["correct"])
-            written = encode(policy.tokenizer, turn.text)  # somebody's text, which is not scored
-        attempts.append(Dialogue(problem, policy.prompt_ids(problem) + written, turns=[turn]))
+            attempts.append(Dialogue(problem, ids, turns=[turn]))  # somebody's ids: never scored
     greedy = dataclasses.replace(config, temperature=0.0)
-    seen = statistics(rollout(policy, attempts, greedy, -1, turns=2))
-    names = ("balanced_acc", "recall_right", "recall_wrong")
-    return {f"verifier_pool_{name}": seen[f"verifier_{name}"] for name in names}
+    seen = statistics(rollout(policy, attempts, greedy, -1, turns=2)).items()
+    return {n.replace("_", "_pool_", 1): x for n, x in seen if n.startswith("verifier_")}
 
 
 # --- F. Watching a run: numbers, pictures, diagnosis ----------------------------------------------
@@ -2136,8 +2117,8 @@ IDLE = ("seed", "out", "v_star", "eval_limit", "eval_every", "threads", "device"
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[Metrics]], dict[str, list[float]]]:
-    """The metrics of each group of runs, by what makes it unlike the others (runs that differ only
-    in what is IDLE, as the seed, are a group), and Vhat by level."""
+    """The metrics of each group of runs (which differ only in what is IDLE, as the seed), by what
+    makes it unlike the others, and Vhat by level."""
     runs = {folder: read_config(folder / "config.json") for folder in folders}
     shared = set.intersection(*(set(vars(config).items()) for config in runs.values()))
     groups, v_star = defaultdict(list), defaultdict(list)
@@ -2156,16 +2137,15 @@ def draw_curves(axis: Any, groups: dict[str, list[Metrics]], metric: str, colour
     """A metric of each group of runs: raw points, the smoothed mean, the band of its seeds."""
     import pandas
 
-    label = metric
     for style, runs in zip(itertools.cycle(("-", "--", ":", "-.")), groups.values()):
         curves = [{m["step"]: m.get(metric) for m in run} for run in runs]
         raw = pandas.concat([pandas.Series(curve, dtype=float) for curve in curves], axis=1)
         smooth = raw.rolling(max(1, len(raw) // 20) * 2 + 1, min_periods=1, center=True).mean()
         axis.plot(raw, ".", color=colour, alpha=0.3 / len(runs), zorder=1)
+        label = metric if style == "-" else "_"  # the colours are explained once
         axis.plot(smooth.mean(axis=1), style, color=colour, lw=2.5, label=label)
         band = smooth.min(axis=1), smooth.max(axis=1)
         axis.fill_between(raw.index, *band, color=colour, alpha=0.2, lw=0)
-        label = "_"  # the colours are explained once
 
 
 def plot(folders: Sequence[Path], out: Path) -> None:
@@ -2622,7 +2602,6 @@ def evaluate(config: Config) -> dict[str, Any]:
     models = [config.model, *filter(None, [config.compare])]
     policies = [load_policy(dataclasses.replace(config, model=model)) for model in models]
     problems = load_problems(policies[0], config, "test")
-    check_context(policies[-1], config)
     new_folder(str(folder))  # is it still free?
     (summary, dialogues), *other = [evaluate_policy(p, problems, config) for p in policies]
     for _, theirs in other:
@@ -2641,7 +2620,6 @@ def solve(config: Config, problem: str) -> None:
         raise UsageError('the problem is empty: give its text, in quotes, like "What is 2 + 3?"')
     policy = load_policy(config)
     asked = n_dialogues(policy, [Problem(0, problem, "")], 1)
-    check_context(policy, dataclasses.replace(config, max_prompt_tokens=len(asked[0].ids)))
     find(policy, asked, config)
     print_dialogue(rollout(policy, asked, config, -1)[0])
 
