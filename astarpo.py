@@ -1297,13 +1297,6 @@ def load_policy(config: Config) -> Policy:
     ends = turn_ends(model, tokenizer)
     policy = Policy(model.to(device), tokenizer, ends, device, dtype, scaler=scaler)
     check_model(config.model, policy)
-    requests = [VERIFY_PROMPT, REVISE_PROMPT] * config.revisions
-    longest = config.max_prompt_tokens + (1 + len(requests)) * config.max_new_tokens
-    longest += sum(len(policy.bridge_ids(request, ended=False)) for request in requests)
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if longest > context:
-        why = f"a dialogue may take {longest} tokens, the model's context has {context}: "
-        raise UsageError(why + "lower --max-prompt-tokens, --max-new-tokens or --revisions")
     print(f"{config.model}: {millions:,.1f}M parameters, {device}, {str(dtype)[6:]}, ", end="")
     print(f"{torch.get_num_threads()} thread(s); a turn ends with {tokenizer.decode(ends)}")
     if config.lora:
@@ -1368,6 +1361,17 @@ def check_model(name: str, policy: Policy) -> None:
             raise ValueError("it needs more than a key/value cache, or caps its logits")
 
 
+def check_context(policy: Policy, config: Config) -> None:
+    """The longest possible dialogue must fit into the model's context."""
+    requests = [VERIFY_PROMPT, REVISE_PROMPT] * config.revisions
+    longest = config.max_prompt_tokens + (1 + len(requests)) * config.max_new_tokens
+    longest += sum(len(policy.bridge_ids(request, ended=False)) for request in requests)
+    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    if longest > context:
+        why = f"a dialogue may take {longest} tokens, the model's context has {context}: "
+        raise UsageError(why + "lower --max-prompt-tokens, --max-new-tokens or --revisions")
+
+
 def weights_hash(model: Any) -> str:
     """Which weights are these? A hash over every tensor, in the order of their names."""
     digest = hashlib.sha256()
@@ -1380,6 +1384,7 @@ def weights_hash(model: Any) -> str:
 
 def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
     """The first usable problems of --train-data (split "train") or --eval-data ("test")."""
+    check_context(policy, config)
     source = config.train_data if split == "train" else config.eval_data
     limit = config.train_limit if split == "train" else config.eval_limit
     problems, left_out = [], 0
@@ -2602,6 +2607,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     models = [config.model, *filter(None, [config.compare])]
     policies = [load_policy(dataclasses.replace(config, model=model)) for model in models]
     problems = load_problems(policies[0], config, "test")
+    check_context(policies[-1], config)
     new_folder(str(folder))  # is it still free?
     (summary, dialogues), *other = [evaluate_policy(p, problems, config) for p in policies]
     for _, theirs in other:
@@ -2620,6 +2626,7 @@ def solve(config: Config, problem: str) -> None:
         raise UsageError('the problem is empty: give its text, in quotes, like "What is 2 + 3?"')
     policy = load_policy(config)
     asked = n_dialogues(policy, [Problem(0, problem, "")], 1)
+    check_context(policy, dataclasses.replace(config, max_prompt_tokens=len(asked[0].ids)))
     find(policy, asked, config)
     print_dialogue(rollout(policy, asked, config, -1)[0])
 

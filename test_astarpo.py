@@ -1526,6 +1526,7 @@ BAD_NUMBERS += f"; --steps {'9' * 400}; --temperature -1; --max-grad-norm 0"
         ("eval --model data/base --compare nowhere", "nowhere: no such file"),
         ("solve 1+1 --model data/base --max-new-tokens 5000", "the model's context has"),
         ("solve \n", "the problem is empty"),
+        (f"solve {'1+1+' * 400} --model data/base", "the model's context has"),
     ],
 )
 def test_bad_options_are_one_sentence_and_leave_nothing_behind(
