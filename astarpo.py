@@ -128,7 +128,6 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -2543,7 +2542,7 @@ def deal_out(policy: Policy, ref: Policy, config: Config) -> None:
     """--parallel fsdp: deal out the weights of policy and reference."""
     if world()[1] == 1 or config.parallel != "fsdp":
         return
-    mesh = init_device_mesh(policy.device.type, (world()[1],))
+    mesh = dist.init_device_mesh(policy.device.type, (world()[1],))
     for model in (policy.model, ref.model):
         for part in (*blocks(model), model):  # the last: the rest, with the (often tied) embeddings
             fully_shard(part, mesh=mesh)
