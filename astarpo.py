@@ -2237,9 +2237,9 @@ class Run(contextlib.AbstractContextManager):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """After Ctrl-C or an error, keep the model as it is (one of several processes cannot)."""
-        self.lock.release()
         if kind and self.learner and world()[1] == 1:
             save_model(self.learner.policy, self.folder / "checkpoint")
+        self.lock.release()
         if kind is KeyboardInterrupt and (self.folder / "config.json").exists():
             raise RunError(f"stopped; go on with 'train --resume {self.folder}'") from None
 
