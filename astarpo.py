@@ -2092,14 +2092,14 @@ def voting(dialogues: Sequence[Dialogue], n: int) -> dict[str, float]:
 def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
     """How the verify turn judges the attempts.jsonl beside the evaluation data; None without."""
     path = local(config.eval_data).parent / "attempts.jsonl"
-    pool = read_lines(path)[: config.eval_limit or None] if config.revisions else []
+    pool = read_jsonl(path) if config.revisions and path.is_file() else ()
     attempts = []
-    with trying(f"{path} is no pool of attempts"):
-        for row in pool:
+    for place, row in itertools.islice(pool, config.eval_limit or None):
+        with trying(f"{place}: not an attempt of the pool"):
             problem = Problem(-1, row["problem"], row["answer"])
             ids = policy.prompt_ids(problem) + encode(policy.tokenizer, row["attempt"])
             turn = Turn("solve", 0, 0, row["attempt"], ended=False, correct=row["correct"])
-            attempts.append(Dialogue(problem, ids, turns=[turn]))  # somebody's ids: never scored
+        attempts.append(Dialogue(problem, ids, turns=[turn]))  # somebody's ids: never scored
     greedy = dataclasses.replace(config, temperature=0.0)
     seen = statistics(rollout(policy, attempts, greedy, -1, turns=2)).items()
     return {n.replace("_", "_pool_", 1): x for n, x in seen if n.startswith("verifier_")}

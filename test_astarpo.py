@@ -1309,6 +1309,16 @@ def test_the_verifier_pool_is_balanced_and_scored(base):
     assert A.evaluate_pool(base, dataclasses.replace(config, temperature=0.7)) == greedily
 
 
+@pytest.mark.parametrize("line", ['{"problem": "1 + 1?", "answer": "2"}', '{"problem": "1 + 1?", '])
+def test_a_pool_that_is_torn_is_refused_with_its_line_and_not_used_in_part(base, tmp_path, line):
+    whole = (DATA / "attempts.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "attempts.jsonl").write_text("\n".join([*whole, line]))
+    (tmp_path / "test.jsonl").touch()
+    config = A.Config(temperature=0.0, eval_data=str(tmp_path / "test.jsonl"))
+    with pytest.raises(A.UsageError, match="attempts.jsonl, line 3"):
+        A.evaluate_pool(base, config)
+
+
 # --- Loading --------------------------------------------------------------------------------------
 
 BOX = r"so \boxed{5}"
