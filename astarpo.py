@@ -1051,10 +1051,10 @@ def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) 
 #
 #     mean: p        soft: V* = beta * log( 1 - p + p * e^(1/beta) )       ((3), with two outcomes)
 #
-# A small network guesses p from the reference's last hidden state. It is fitted to 16 tokens of each
-# turn of stage 1's dialogues, but for a fifth of the problems, which tell what it is worth. It can
-# judge problems that nobody sampled; but N samples of the very problem say more, and it remains the
-# *reference*'s while the policy moves on. (A revision may earn 2 or -1: right is above 1/2.)
+# A small network guesses p from the reference's last hidden state. It is fitted to 16 tokens of
+# each turn of stage 1's dialogues, but for a fifth of the problems, which tell what it is worth. It
+# can judge problems that nobody sampled; but N samples of the very problem say more, and it remains
+# the *reference*'s while the policy moves on. (A revision may earn 2 or -1: right is above 1/2.)
 
 
 def soft_value(logit: Tensor, beta: float) -> Tensor:
@@ -1522,7 +1522,7 @@ def save_model(policy: Policy, folder: Path) -> None:
 # ('x = 5', 'm+n = 113', 'x > 1') or a unit may be missing on one side, two must be the same.
 #
 # Deliberately not, an honest False: tolerances (0.33 is not 1/3), unit conversion, (1, 2) for 1, 2,
-# groups (x=1, y=2; x=3, y=4), unions that touch or stand for ≠, {x | x > 1}, prose, times,
+# groups (x=1, y=2; x=3, y=4), unions that touch or stand for ≠, {x | x > 1}, ℝ \ {0}, prose, times,
 # calculus, n!, binomials, sin^{-1}, bases, chains (x = 1+1 = 2), digits that repeat, a choice's
 # letter, p√p for √p^3, \sqrt[3]{-8}, ||x|-1|, arrays, 2 m for 2 \text{ m}, what is beyond 10^40.
 
