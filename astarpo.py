@@ -380,15 +380,17 @@ def freeze(policy: Policy) -> Policy:
 # --- 6. Sampling ----------------------------------------------------------------------------------
 # A rollout draws one token after the other from pi(. | so far), at temperature 1 and without top-k
 # or top-p: equation (6) speaks of the policy itself, not of a sharper one. (With --temperature T,
-# pi and pi_ref both mean the model at T, here and in section 8.) Three things make it fast, and
-# none of them is an approximation:
+# pi and pi_ref both mean the model at T, here and in section 8.) Four things make it fast, and none
+# of them is an approximation:
 #
 # * a *key/value cache* keeps what the model computed about earlier tokens, so that a new token
 #   costs one token's work (`Cache` is transformers' own, but keeps to our dtype);
 # * many responses are written at once. Shorter prompts get padding on the left; a mask hides it,
 #   and positions count only what the mask shows. Responses end at different times, but taking rows
 #   out copies the cache: those that have ended leave when they are half of the batch;
-# * equal prompts are read once: stage 1 asks each problem N times.
+# * equal prompts are read once: stage 1 asks each problem N times;
+# * what the cache holds of a dialogue, its *past*, is kept for its next turn (section 9), so that
+#   only our next request has to be read. This takes memory: it is done where one batch holds all.
 #
 # No random generator is used. Each token is chosen by a number u in [0, 1), hashed from what it is
 # for: seed, training step, problem, sample, turn and position. So batches may come in any order, a
@@ -446,18 +448,31 @@ def read(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     return logits[:, -1].float()
 
 
+Past = Sequence[Tensor]  # each layer's keys and values of a dialogue's tokens, (T, heads, width)
+left_pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+
+
 def sample(
-    policy: Policy, prompts: Sequence[Sequence[int]], u: np.ndarray, config: Config
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    u: np.ndarray,
+    config: Config,
+    pasts: list[Past] | None = None,
 ) -> list[list[int]]:
     """One response to each of B prompts, at most L tokens long, with its end token if it ended.
 
-    u: (B, L), the number that chooses each token. Config says temperature and top_p.
+    u: (B, L), the number that chooses each token. Config says temperature and top_p. pasts:
+    those of the prompts, () for one without; they are brought up to date.
     """
-    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    tensors = [torch.tensor(prompt, device=policy.device) for prompt in row_of]  # distinct ones
-    ids = pad_sequence(tensors, batch_first=True, padding_side="left")
-    mask = pad_sequence([torch.ones_like(t) for t in tensors], True, padding_side="left")
-    cache = Cache(config=policy.model.config)
+    distinct = dict(zip(map(tuple, prompts), pasts or [()] * len(prompts)))
+    row_of = {prompt: row for row, prompt in enumerate(distinct)}
+    tensors = [torch.tensor(prompt, device=policy.device) for prompt in distinct]
+    ids, mask = left_pad(tensors), left_pad([torch.ones_like(t) for t in tensors])  # (B, T)
+    # All read as many new tokens, so that padding is on the left only, in the cache as well.
+    new = max(len(prompt) - (len(past[0]) if past else 0) for prompt, past in distinct.items())
+    cut = [[t[: len(prompt) - new] for t in past] for prompt, past in distinct.items()]
+    layers = [left_pad(layer).transpose(1, 2) for layer in zip(*cut)]  # keys, values, ...
+    cache = Cache(zip(layers[::2], layers[1::2]), config=policy.model.config)
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
@@ -465,7 +480,7 @@ def sample(
     # that is for float32. (It comes first, because inference_mode(False) switches gradients on.)
     fast = torch.inference_mode(policy.dtype == torch.float32)
     with fast, torch.no_grad(), policy.active():
-        logits = read(policy.model, ids, mask, cache)  # (distinct prompts, V)
+        logits = read(policy.model, ids[:, -new:], mask, cache)  # (distinct prompts, V)
         copies = torch.tensor([row_of[tuple(p)] for p in prompts], device=policy.device)
         cache.batch_select_indices(copies)  # from here on a row is a response
         logits, mask = logits[copies], mask[copies]  # (B, V), (B, T)
@@ -474,14 +489,19 @@ def sample(
         for place in range(u.shape[1]):
             token = pick(logits, numbers[rows, place], config.temperature, config.top_p)  # (B,)
             written[rows, place] = torch.where(running, token, -1)
-            running = running & ~torch.isin(token, ends)
+            running = running & ~torch.isin(token, ends) & (place + 1 < u.shape[1])
             stay = running.nonzero()[:, 0]
-            if len(stay) == 0 or place + 1 == u.shape[1]:
-                break
             if len(stay) <= len(rows) / 2:  # those that have ended leave
+                if pasts and not any(cache.is_sliding):  # a sliding window has not kept all
+                    parts = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+                    for i, (row, n) in enumerate(zip(rows.tolist(), mask.sum(1).tolist())):
+                        start = ids.shape[1] - len(prompts[row])
+                        pasts[row] = [t[i, :, start : start + n].transpose(0, 1) for t in parts]
+                if len(stay) == 0:
+                    break
                 cache.batch_select_indices(stay)
                 rows, token, mask, running = rows[stay], token[stay], mask[stay], running[stay]
-            mask = F.pad(mask, (0, 1), value=1)
+            mask = torch.cat([mask, running[:, None]], 1)
             logits = read(policy.model, token[:, None], mask, cache)
     return [[token for token in row if token >= 0] for row in written.tolist()]
 
@@ -717,6 +737,7 @@ def rollout(
     """
     mine = deal(dialogues)
     most, room = turns or 1 + 2 * config.revisions, config.max_new_tokens
+    pasts: dict[int, Past] = {}  # of the dialogues, where one batch held all that go on
     with gathered(policy.model):
         while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
             role = next_role(going[0])  # the others' too: those that go on stand at the same turn
@@ -726,11 +747,14 @@ def rollout(
                 for dialogue in going:
                     dialogue.ids += bridges[dialogue.turns[-1].ended]
             lengths = [len(dialogue.ids) + room for dialogue in going]
-            for batch in token_batches(lengths, config.rollout_tokens):  # those of like lengths
+            batches = [*token_batches(lengths, config.rollout_tokens)]  # each of like lengths
+            for batch in batches:
                 some = [going[i] for i in batch]
                 counters = np.array([(d.problem.index, d.sample, len(d.turns)) for d in some])
                 u = uniform(config.seed, step, *counters.T[:, :, None], np.arange(room))  # (B, L)
-                add_turns(policy, some, sample(policy, [d.ids for d in some], u, config))
+                known = [pasts.get(id(d), ()) for d in some] if len(batches) == 1 < most else None
+                add_turns(policy, some, sample(policy, [d.ids for d in some], u, config, known))
+            pasts = dict(zip(map(id, some), known or ()))
     for dialogue in mine:
         dialogue.pay(config)  # gives each turn its reward
     return collect(mine, len(dialogues))
@@ -1350,8 +1374,9 @@ def check_model(name: str, policy: Policy) -> None:
     mask[0, :2] = 0  # the first row is text[2:]: the rest of it is padding
     with trying(f"--model {name} cannot be sampled here"), policy.active():
         cache = Cache(config=model.config)
-        read(model, ids[:, :7], mask[:, :7], cache)
+        read(model, ids[:, :4], mask[:, :4], cache)
         cache.batch_select_indices(torch.tensor([1, 0], device=policy.device))
+        read(model, ids[:, 4:7], mask.flip(0)[:, :7], cache)
         sampled = read(model, ids[:, 7:], mask.flip(0), cache)  # (2, V): of text, of text[2:]
         states = [model.get_decoder()(input_ids=t[None])[0][:, -1] for t in (text, text[2:])]
         scored = head(torch.cat(states)).float()
@@ -2408,7 +2433,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 WHOLE = dcp.StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
 )
-PART = 512  # dialogues that each process plays before they are kept and the progress bar moves
+PART = 256  # dialogues that each process plays before they are kept and the progress bar moves
 
 
 def add_adapters(policy: Policy, rank: int, seed: int) -> None:
