@@ -132,7 +132,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 HERE = Path(__file__).resolve().parent
@@ -492,7 +493,7 @@ def sample(
             running = running & ~torch.isin(token, ends) & (place + 1 < u.shape[1])
             stay = running.nonzero()[:, 0]
             if len(stay) <= len(rows) / 2:  # those that have ended leave
-                if pasts and not any(cache.is_sliding):  # a sliding window has not kept all
+                if pasts and {*map(type, cache.layers)} == {DynamicLayer}:  # others forget
                     parts = [t for layer in cache.layers for t in (layer.keys, layer.values)]
                     for i, (row, n) in enumerate(zip(rows.tolist(), mask.sum(1).tolist())):
                         start = ids.shape[1] - len(prompts[row])
