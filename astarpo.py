@@ -1459,16 +1459,11 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     with trying(f"{source} cannot be read"):
-        if path.is_file():
-            parts = [datasets.load_dataset(path.suffix[1:], data_files=str(path))]
-        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            parts = [datasets.load_from_disk(str(path))]
-        else:
-            names = datasets.get_dataset_config_names(str(path))
-            names = [name for name in names if name in ("main", "default")] or names
-            parts = [datasets.load_dataset(str(path), name) for name in names]
-    for part in parts:
-        splits = part if isinstance(part, dict) else {split: part}
+        kind, files = (path.suffix[1:], str(path)) if path.is_file() else (str(path), None)
+        names = datasets.get_dataset_config_names(kind, data_files=files)
+        names = [name for name in names if name in ("main", "default")] or names
+        parts = [datasets.load_dataset(kind, name, data_files=files) for name in names]
+    for splits in parts:
         name = split if split in splits else next(iter(splits))
         for number, row in enumerate(splits[name]):
             yield f"{source}, {name} row {number}", row

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -1358,7 +1358,7 @@ ROWS = [{"problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(5)
         ("a.csv", lambda path: Dataset.from_list(ROWS).to_csv(path)),
         ("folder", lambda path: Dataset.from_list(ROWS).to_json(path / "train.jsonl")),
         ("bom.jsonl", lambda path: path.write_text("\n".join(map(json.dumps, ROWS)), "utf-8-sig")),
-        ("saved", lambda path: Dataset.from_list(ROWS).save_to_disk(path)),
+        ("saved", lambda path: DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(path)),
     ],
 )
 def test_files_and_folders_of_all_common_formats_are_read(name, write, tmp_path, base, capsys):
