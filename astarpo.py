@@ -985,45 +985,32 @@ def evaluate_policy(policy: Policy, problems: Sequence[Problem], config: Config)
 # awr (Peng et al. 2019) imitates the policy's own responses, weighted by exp(A/beta) as in (2).
 
 
-@dataclass
-class Evidence:
-    """What a loss looks at: M tokens of n turns."""
-
-    turn: Tensor  # (M,) which turn a token belongs to, 0 .. n - 1
-    logp: Tensor  # (M,) log pi, now
-    ref: Tensor  # (M,) log pi_ref
-    old: Tensor  # (M,) log pi before the batch's first update
-    advantage: Tensor  # (M,) its turn's; for ppo the token's own
-
-    def sums(self, numbers: Tensor) -> Tensor:
-        """(M,) -> (n,): the sum over each turn's tokens."""
-        return numbers.new_zeros(int(self.turn[-1]) + 1).index_add(0, self.turn, numbers)
-
-
-def named_loss(name: str, e: Evidence, beta2: float) -> Tensor:
-    """The loss that --loss names: a mean over turns."""
-    if name == "pg":  # -A * log pi + beta2/2 * L^2: its gradient is that of (6) over 2 * beta2
-        price = beta2 / 2 * e.sums(e.logp - e.ref).square()
-        return (price - e.sums(e.advantage * e.logp)).mean()
-    if name == "awr":  # log pi, weighted: exp(A/beta1), normalised, stands where A stood
-        return -e.sums(e.advantage * e.logp).mean()
-    # Of each token -min(ratio * A, clip(ratio) * A), and beta2 times an estimate of the KL that is
-    # never negative (Schulman's k3: 1/q - 1 + log q for q = pi/pi_ref).
-    ratio, back = (e.logp - e.old).exp(), e.ref - e.logp
-    gain = torch.minimum(ratio * e.advantage, ratio.clamp(0.8, 1.2) * e.advantage)
-    tokens = beta2 * (back.exp() - 1 - back) - gain  # (M,)
-    if name == "grpo":  # its equation (3): the mean over a response's tokens, then over responses
-        return (e.sums(tokens) / e.sums(torch.ones_like(tokens))).mean()
-    return e.sums(tokens + 1e-3 / 2 * e.logp.square()).mean()  # ppo: its equation (9), and entropy
-
-
 def neighbour_loss(
     learner: Learner, dialogues: Sequence[Dialogue], tokens: Sequence[Tensor], config: Config
 ) -> Tensor:
-    """`named_loss` of some dialogues. tokens: Evidence's first three."""
-    advantage, old = zip(*(learner.notes[id(turn)] for d in dialogues for turn in d.turns))
-    old = torch.cat(old) if config.minibatches > 1 else tokens[1].detach()
-    return named_loss(config.loss, Evidence(*tokens, old, torch.cat(advantage)), config.beta2)
+    """The loss that --loss names: a mean over the n turns of some dialogues. tokens, (M,) each: the
+    turn that a token belongs to, 0 .. n - 1, its log pi and its log pi_ref."""
+    turn, logp, ref = tokens
+    advantage, old = zip(*(learner.notes[id(t)] for d in dialogues for t in d.turns))
+    advantage = torch.cat(advantage)  # (M,) its turn's; for ppo the token's own
+    old = torch.cat(old) if config.minibatches > 1 else logp.detach()  # before the batch's updates
+
+    def sums(numbers: Tensor) -> Tensor:  # (M,) -> (n,) over each turn's tokens
+        return numbers.new_zeros(int(turn[-1]) + 1).index_add(0, turn, numbers)
+
+    if config.loss == "pg":  # -A * log pi + beta2/2 * L^2: has the gradient of (6) / (2 * beta2)
+        price = config.beta2 / 2 * sums(logp - ref).square()
+        return (price - sums(advantage * logp)).mean()
+    if config.loss == "awr":  # log pi, weighted: exp(A/beta1), normalised, stands where A stood
+        return -sums(advantage * logp).mean()
+    # Of each token -min(ratio * A, clip(ratio) * A), and beta2 times an estimate of the KL that is
+    # never negative (Schulman's k3: 1/q - 1 + log q for q = pi/pi_ref).
+    ratio, back = (logp - old).exp(), ref - logp
+    gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    loss = config.beta2 * (back.exp() - 1 - back) - gain  # (M,)
+    if config.loss == "grpo":  # its equation (3): the mean over a response's tokens, then of those
+        return (sums(loss) / sums(torch.ones_like(loss))).mean()
+    return sums(loss + 1e-3 / 2 * logp.square()).mean()  # ppo: its equation (9), and the entropy
 
 
 def gae(values: Tensor, reward: float, lam: float = 0.95) -> Tensor:

@@ -1114,31 +1114,35 @@ def test_training_raises_the_reward(tmp_path):
 # --- The neighbours -------------------------------------------------------------------------------
 
 
-def evidence(logp: Tensor, **more: Any) -> A.Evidence:
-    """Two turns of one and of two tokens; what is not given is nothing."""
-    zero = {name: torch.zeros(3) for name in ("old", "ref", "advantage")}
-    return A.Evidence(**{"turn": torch.tensor([0, 1, 1]), "logp": logp, **zero, **more})
+def neighbour_loss(name: str, logp: Tensor, **more: Tensor) -> Tensor:
+    """Of two turns of one and of two tokens; what is not given is nothing."""
+    given = {name: torch.zeros(3) for name in ("old", "ref", "advantage")} | more
+    made = dialogue(0, ["1"], [True])
+    notes = zip(given["advantage"].split([1, 2]), given["old"].split([1, 2]))
+    learner = A.Learner(None, None, {}, None, notes=dict(zip(map(id, made.turns), notes)))
+    tokens = (torch.tensor([0, 1, 1]), logp, given["ref"])
+    return A.neighbour_loss(learner, [made], tokens, A.Config(loss=name, minibatches=2))
 
 
 @given(st.lists(st.floats(-4, 0), min_size=6, max_size=6), st.floats(-1, 1), st.floats(-1, 1))
 def test_a_policy_gradient_with_a_squared_log_ratio_has_the_gradient_of_6(numbers, a, b):
     logp = torch.tensor(numbers[:3], dtype=torch.float64, requires_grad=True)
     ref, advantage = torch.tensor(numbers[3:], dtype=torch.float64), torch.tensor([a, b])
-    e = evidence(logp, ref=ref, advantage=advantage[[0, 1, 1]])
-    beta2 = A.Config().beta2
-    ours = A.astarpo_loss(e.sums(logp), e.sums(ref), advantage, torch.zeros(2), beta2) / (2 * beta2)
-    gradients = [torch.autograd.grad(x, logp)[0] for x in (ours, A.named_loss("pg", e, beta2))]
+    beta2, sums = A.Config().beta2, [torch.stack([x[0], x[1] + x[2]]) for x in (logp, ref)]
+    ours = A.astarpo_loss(*sums, advantage, torch.zeros(2), beta2) / (2 * beta2)
+    pg = neighbour_loss("pg", logp, ref=ref, advantage=advantage[[0, 1, 1]])
+    gradients = [torch.autograd.grad(x, logp)[0] for x in (ours, pg)]
     assert torch.allclose(*gradients, atol=1e-6)
 
 
 def test_the_other_losses_by_hand():
     logp, old = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.5, -2.0])
-    e = evidence(logp, old=old, ref=logp - 0.5, advantage=torch.tensor([1.0, 2.0, -1.0]))
+    more = {"old": old, "ref": logp - 0.5, "advantage": torch.tensor([1.0, 2.0, -1.0])}
     up, down = math.exp(0.5), math.exp(-1)  # both outside of 0.8 .. 1.2; 0.8 is worse for A = -1
     price = 1e-3 * (math.exp(-0.5) - 1 + 0.5)
     tokens = [price - 1, price - min(up * 2, 1.2 * 2), price - min(-down, -0.8)]
     entropy = [1e-3 / 2 * x * x for x in (1, 2, 3)]
-    found = [A.named_loss(name, e, 1e-3).item() for name in ("grpo", "ppo", "awr")]
+    found = [neighbour_loss(name, logp, **more).item() for name in ("grpo", "ppo", "awr")]
     grpo = (tokens[0] + (tokens[1] + tokens[2]) / 2) / 2
     ppo = (sum(tokens) + sum(entropy)) / 2
     assert found == pytest.approx([grpo, ppo, -(-1.0 + -4.0 + 3.0) / 2], rel=1e-6)
