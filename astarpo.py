@@ -992,7 +992,7 @@ def neighbour_loss(
     turn that a token belongs to, 0 .. n - 1, its log pi and its log pi_ref."""
     turn, logp, ref = tokens
     advantage, old = zip(*(learner.notes[id(t)] for d in dialogues for t in d.turns))
-    advantage = torch.cat(advantage)  # (M,) its turn's; for ppo the token's own
+    advantage = torch.cat(advantage).to(logp.device)  # (M,) its turn's; for ppo the token's own
     old = torch.cat(old) if config.minibatches > 1 else logp.detach()  # before the batch's updates
 
     def sums(numbers: Tensor) -> Tensor:  # (M,) -> (n,) over each turn's tokens
@@ -1052,8 +1052,7 @@ def look_ahead(learner: Learner, dialogues: Sequence[Dialogue], config: Config) 
             logp = token_logps(policy, b.ids, b.scored, config.temperature)
             own = [id(turn) for i in batch for turn in dialogues[i].turns]
             old |= zip(own, logp.split(b.turn.bincount().tolist()))
-    notes = ((a.to(policy.device), old.get(id(t))) for (_, t), a in zip(turns, advantage))
-    learner.notes = {id(t): note for (_, t), note in zip(turns, notes)}
+    learner.notes = {id(t): (a, old.get(id(t))) for (_, t), a in zip(turns, advantage)}
 
 
 # --- 13. A learned value --------------------------------------------------------------------------
