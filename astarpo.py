@@ -1398,16 +1398,15 @@ def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
     check_context(policy, config)
     source = config.train_data if split == "train" else config.eval_data
     limit = config.train_limit if split == "train" else config.eval_limit
-    problems, left_out = [], 0
+    problems, index = [], -1
     for index, (place, row) in enumerate(read_rows(source, split)):
-        if len(problems) == limit > 0:
-            break
         problem = to_problem(row, index, place, config)
-        if no_answer(problem.answer) or len(policy.prompt_ids(problem)) > config.max_prompt_tokens:
-            left_out += 1
-        else:
+        fits = len(policy.prompt_ids(problem)) <= config.max_prompt_tokens
+        if fits and not no_answer(problem.answer):
             problems.append(problem)
-    others = f"{left_out} lack an answer or exceed --max-prompt-tokens"
+            if len(problems) == limit:
+                break
+    others = f"{index + 1 - len(problems)} lack an answer or exceed --max-prompt-tokens"
     if not problems:
         raise UsageError(f"{source} holds no problems that can be used: {others}")
     if strange := [p.answer for p in problems if not readable(p.answer)]:
