@@ -1298,8 +1298,7 @@ def load_policy(config: Config) -> Policy:
     dtype = getattr(torch, best if config.dtype == "auto" else config.dtype)
     model, tokenizer = open_model(config.model, dtype if config.lora else torch.float32)
     millions = model.num_parameters() / 1e6
-    # A tiny model is faster on one core: handing out its small products costs more than they do,
-    # and next to a busy process the cores wait for each other (seen: 20 times slower).
+    # A tiny model is faster on one core: on several, beside a busy process, it is 20 times slower.
     torch.set_num_threads(config.threads or (1 if millions < 10 else os.cpu_count() or 1))
     # cuDNN plans its attention anew for each length: 87 ms a sampled token on an H100, not 24.
     torch.backends.cuda.enable_cudnn_sdp(False)
