@@ -1206,8 +1206,7 @@ def trying(what: str, kind: type[Exception] = UsageError) -> Iterator[None]:
     except (UsageError, RunError, ModuleNotFoundError, torch.OutOfMemoryError):
         raise  # for these there are better words
     except Exception as error:  # each library has its own kinds, dozens of them
-        cause = error.__cause__ or error
-        reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
+        reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
         raise kind(f"{what}: {reason}") from error
 
 
