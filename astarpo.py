@@ -1129,8 +1129,7 @@ def learn_value(learner: Learner, dialogues: Sequence[Dialogue], config: Config)
 # * So the first complete response at the head of the queue is the likeliest one of pi*.
 #
 # This takes no training, but time for each problem; and with a fitted value nothing is certain. A
-# complete response that is only second in its queue must wait, or short ones would win. (Training
-# never searches: (6) speaks of what the policy drew itself; section 8.)
+# complete response that is only second in its queue must wait, or short ones would win.
 
 
 class Prefix(NamedTuple):
