@@ -2228,7 +2228,7 @@ class Run(contextlib.AbstractContextManager):
     """The folder of a training run: what happens is written there, and read back by --resume."""
 
     def __init__(self, config: Config, resume: bool) -> None:
-        self.config, self.resumed = check_options(config, "train"), resume
+        self.config = check_options(config, "train")
         self.folder = Path(config.out) if resume else new_folder(config.out)
         self.stage_one = self.folder / "v_star.jsonl"
         self.metrics: Metrics = []  # of the steps so far
@@ -2267,8 +2267,6 @@ class Run(contextlib.AbstractContextManager):
             del self.played[len(self.played) // part * part :]
         for dialogue in self.played:
             dialogue.pay(config)
-        if not self.resumed:
-            new_folder(str(self.folder))  # is it still free, after the loading?
         if is_first():  # two of us must not go on with one run; a dead one lets go
             with trying(f"the run in {self.folder} is still going on"):
                 self.lock.acquire(timeout=0)
@@ -2610,7 +2608,6 @@ def evaluate(config: Config) -> dict[str, Any]:
     policies = [load_policy(dataclasses.replace(config, model=model)) for model in models]
     problems = load_problems(policies[0], config, "test")
     check_context(policies[-1], config)
-    new_folder(str(folder))  # is it still free?
     (summary, dialogues), *other = [evaluate_policy(p, problems, config) for p in policies]
     for _, theirs in other:
         summary["compare"] = {"with": config.compare, **paired(dialogues, theirs)}

@@ -1790,7 +1790,7 @@ def test_of_two_runs_that_want_one_folder_the_second_is_refused_after_the_loadin
     config, problems = A.Config(out=str(tmp_path / "run")), A.load_problems(base, quick(), "train")
     with A.Run(config, False) as first, A.Run(config, False) as second:  # both find it free
         first.begin(dated, problems)
-        with pytest.raises(A.UsageError, match="holds files already"):
+        with pytest.raises(A.UsageError, match="is still going on"):
             second.begin(dated, problems)
     A.Run(config, True).begin(dated, problems)  # the first has let go
     assert first.mark == second.mark  # they know each other's stage 1, though the time has changed
