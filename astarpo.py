@@ -2502,17 +2502,15 @@ def rollouts(
             yield part
 
 
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices in batches of similar length, each of at most `budget` tokens with its padding, but
     of at least one index: lengths 5, 1, 4, 2 and a budget of 8 give [1, 3], [2], [0]."""
-    batch: list[int] = []
+    batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[i] > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 @torch.no_grad()
@@ -2534,7 +2532,7 @@ def think(
 def my_share(dialogues: Sequence[Dialogue], budget: int) -> list[tuple[Sequence[Dialogue], float]]:
     """The micro-batches of this process, with their weights. All processes have as many: a slice of
     fsdp's waits for the others in each pass, so who has fewer adds passes that weigh nothing."""
-    batches = [*token_batches([len(dialogue.ids) for dialogue in dialogues], budget)]
+    batches = token_batches([len(dialogue.ids) for dialogue in dialogues], budget)
     mine = [([dialogues[i] for i in batch], 1.0) for batch in deal(batches)]
     return mine + [(dialogues[:1], 0.0)] * (math.ceil(len(batches) / world()[1]) - len(mine))
 
