@@ -2672,18 +2672,15 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
 def chosen_config(options: argparse.Namespace) -> Config:
     """The options: given ones, else those of --resume or --preset, else the defaults."""
     names = {f.name for f in dataclasses.fields(Config) if options.command in f.metadata["on"]}
-    given = {name: value for name, value in vars(options).items() if name in names}
-    if getattr(options, "resume", ""):
-        if options.preset:
-            raise UsageError("--resume goes on with the run's own options: leave --preset out")
-        values = vars(read_config(Path(options.resume, "config.json")))
-        return Config(**values | given | {"out": options.resume})
-    values = vars(PRESETS.get(options.preset) or read_config(Path(options.preset))) | {"out": ""}
+    run = getattr(options, "resume", "")  # which stays where it is
+    preset = f"{run}/config.json" if run else options.preset
+    values = vars(PRESETS.get(preset) or read_config(Path(preset))) | {"out": ""}
     if options.command != "train":  # what a preset says of these is about training
         newest = max(Path("runs").glob("*/summary.json"), key=os.path.getmtime, default=None)
         model = str(newest.parent) if newest else Config().model
         values |= {"model": model, "temperature": None, "eval_limit": 0}
-    return Config(**{name: given.get(name, values[name]) for name in names})
+    values |= vars(options) | ({"out": run} if run else {})
+    return Config(**{name: values[name] for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
