@@ -2658,9 +2658,8 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         if item.name in heads:
             group = parser.add_argument_group(heads[item.name])
         if command in item.metadata["on"]:
-            kind, choices = TYPES[item.type][0], item.metadata["choices"] or None
-            name = None if choices else kind.__name__.upper()
-            takes = {"type": kind, "choices": choices, "metavar": name}
+            kind, choices = TYPES[item.type][0], "|".join(item.metadata["choices"])
+            takes = {"type": kind, "metavar": choices or kind.__name__.upper()}
             if kind is bool:
                 takes = {"action": argparse.BooleanOptionalAction}
             default = changed.get(item.name, item.default)

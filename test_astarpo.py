@@ -1535,6 +1535,7 @@ BAD_NUMBERS += f"; --steps {'9' * 400}; --temperature -1; --max-grad-norm 0"
         ("train --device abacus", "abacus"),
         ("train --v-star nowhere.jsonl", "nowhere.jsonl is missing or was made"),
         (f"train --v-star {DATA / 'dashboard.png'}", "was made with other weights"),
+        ("train --loss gpro", "--loss must be one of astarpo, pg, grpo, ppo, awr, not gpro"),
         ("train --loss grpo", "needs --group above 1"),
         ("train --loss ppo --num-samples 0", "--num-samples 0 leaves out stage 1"),
         ("train --drop-unsolved --num-samples 0", "--num-samples 0 leaves out stage 1"),
