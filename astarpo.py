@@ -2321,9 +2321,8 @@ class Run(contextlib.AbstractContextManager):
         metrics = {"step": step, **finite, **statistics(dialogues), **self.seconds}
         sampled = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
         metrics["tokens_per_second"] = sampled / sum(self.seconds.values())
-        device = self.learner.policy.device
-        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-        metrics["peak_memory_mib"] = peak
+        gpu = self.learner.policy.device.index  # where there is none, the peak is 0
+        metrics["peak_memory_mib"] = torch.cuda.max_memory_allocated(gpu) / 2**20 or None
         self.metrics.append(metrics)
         write_rows(self.folder / "metrics.jsonl", [metrics], append=True)
         numbers = " ".join(f"{name} {show(metrics[key], 2)}" for key, name in SHOWN.items())
