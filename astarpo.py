@@ -2449,8 +2449,7 @@ def method(model: Any, function: Callable[..., Tensor]) -> Iterator[Callable[...
     for layer in blocks(model):
         layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
     yield getattr(model, function.__name__, None) or functools.partial(function, model)
-    for layer in blocks(model):
-        layer.training = False
+    model.eval()
 
 
 def world() -> tuple[int, int]:
