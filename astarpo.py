@@ -580,8 +580,9 @@ LOGITS_AT_A_TIME = 2**26  # in float32: 256 MiB a copy
 
 def token_logps(policy: Policy, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
     """`score_tokens` of this policy: ids, scored (B, T), padded on the right -> (M,), row by row.
-    (`method` sees to large models and several devices.)"""
-    with policy.active(), method(policy.model, score_tokens) as score:
+    (`deal_out` gives fsdp's models a method for it.)"""
+    score = getattr(policy.model, "score_tokens", functools.partial(score_tokens, policy.model))
+    with policy.active():
         return score(ids, scored, temperature)
 
 
@@ -1309,9 +1310,8 @@ def load_policy(config: Config) -> Policy:
     if config.lora:
         add_adapters(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-        for layer in blocks(model):  # `method` sets their training flag: no dropout may wake by it
-            vars(layer).update({name: 0.0 for name in vars(layer) if "dropout" in name})
+        for layer in blocks(model):
+            layer.forward = functools.partial(recomputed, layer.forward)
     return policy
 
 
@@ -2440,16 +2440,12 @@ def blocks(model: Any) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-@contextlib.contextmanager
-def method(model: Any, function: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
-    """`function` of this model, as fsdp wants it called. With --gradient-checkpointing activations
-    are computed again in the backward pass; transformers does so in training mode only, so that is
-    switched on here, for the layers alone (it wakes dropout, too, and while sampling it would
-    switch the cache off)."""
-    for layer in blocks(model):
-        layer.training = torch.is_grad_enabled() and layer.gradient_checkpointing
-    yield getattr(model, function.__name__, None) or functools.partial(function, model)
-    model.eval()
+def recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """--gradient-checkpointing: a layer's activations are computed again in the backward pass.
+    (transformers does so in training mode only, which wakes dropout.)"""
+    if torch.is_grad_enabled():
+        forward = functools.partial(checkpoint, forward, use_reentrant=False)
+    return forward(*inputs, **named)
 
 
 def world() -> tuple[int, int]:
