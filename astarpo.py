@@ -2316,9 +2316,8 @@ class Run(contextlib.AbstractContextManager):
         """A step's line of metrics.jsonl: means over its updates, its dialogues, its costs. It
         moves the bar; where there is no terminal, a line is printed now and then."""
         step, steps = len(self.metrics) + 1, self.config.steps
-        means = {name: mean(update[name] for update in updates) for name in updates[0]}
-        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
-        metrics = {"step": step, **finite, **statistics(dialogues), **self.seconds}
+        means = {n: mean(u[n] for u in updates if math.isfinite(u[n])) for n in updates[0]}
+        metrics = {"step": step, **means, **statistics(dialogues), **self.seconds}
         sampled = sum(turn.end - turn.start for d in dialogues for turn in d.turns)
         metrics["tokens_per_second"] = sampled / sum(self.seconds.values())
         gpu = self.learner.policy.device.index  # where there is none, the peak is 0
