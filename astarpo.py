@@ -1931,7 +1931,7 @@ def report_stage_one(dialogues: Sequence[Dialogue], v_star: Baselines, told: set
     never, always, n = np.mean(solved == 0), np.mean(solved == 1), len(dialogues) // len(solved)
     print(f"  never solved {never:.0%}, always solved {always:.0%}: little to learn there")
     print(f"  pass@{n} of the reference {1 - never:.2f}: about what training can reach")
-    diagnose([statistics(dialogues) | {"never_solved": never}], told, window=1)
+    diagnose([statistics(dialogues) | {"never_solved": never}], told)
 
 
 def report_training(summary: dict[str, Any], base: list[Dialogue], new: list[Dialogue]) -> None:
@@ -2200,12 +2200,9 @@ SYMPTOMS = {  # why is nothing learned? a number, the limit that it is above, an
 }
 
 
-def diagnose(history: Metrics, told: set[str], window: int = WINDOW) -> None:
-    """Name each symptom of the last batches, once. RunError if no update is possible any more."""
-    last = history[-window:]
-    if len(last) < window:
-        return  # too early to say
-    means = {name: mean(m[name] for m in last if m[name] is not None) for name in last[0]}
+def diagnose(batches: Metrics, told: set[str]) -> None:
+    """Name each symptom of some batches, once. RunError if no update is possible any more."""
+    means = {name: mean(m[name] for m in batches if m[name] is not None) for name in batches[0]}
     f = defaultdict(lambda: math.nan, {name: m for name, m in means.items() if m is not None})
     f["kl_per_token"] = f["kl"] / max(f["response_tokens"], 1)
     f["verifier_bias"] = abs(f["verifier_recall_right"] - f["verifier_recall_wrong"])
@@ -2214,7 +2211,7 @@ def diagnose(history: Metrics, told: set[str], window: int = WINDOW) -> None:
             told.add(name)
             tqdm.write(f"! {name} is {f[name]:.2f}: {remedy}")
     if f["skipped"] == 1:
-        raise RunError(f"no finite loss and gradient in {window} steps running: the run stops")
+        raise RunError(f"no finite loss and gradient in {WINDOW} steps running: the run stops")
 
 
 # --- G. Runs that survive -------------------------------------------------------------------------
@@ -2329,7 +2326,8 @@ class Run(contextlib.AbstractContextManager):
         self.bar.update()
         if self.bar.disable and step * 10 // steps > (step - 1) * 10 // steps:
             print(f"stage 2 {step}/{steps}  {numbers}", flush=True)
-        diagnose(self.metrics, self.told)
+        if step >= WINDOW:  # earlier it is too early to say
+            diagnose(self.metrics[-WINDOW:], self.told)
 
     def check_in(self, measure: Callable[[], Evaluation]) -> None:
         """--eval-every: a line of eval.jsonl, and in best/ the model of the best acc_final so far.
