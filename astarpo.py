@@ -110,7 +110,6 @@ import sys
 import textwrap
 import threading
 import time
-import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -2536,7 +2535,7 @@ def deal_out(policy: Policy, ref: Policy, config: Config) -> None:
     for model in (policy.model, ref.model):
         for part in (*blocks(model), model):  # the last: the rest, with the (often tied) embeddings
             fully_shard(part, mesh=mesh)
-        model.score_tokens = types.MethodType(score_tokens, model)
+        model.score_tokens = functools.partial(score_tokens, model)
         register_fsdp_forward_method(model, "score_tokens")
         with torch.no_grad():  # fsdp wants the first pass to be that of the whole, not of a layer
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device))
