@@ -1227,7 +1227,7 @@ def check_options(config: Config, command: str) -> Config:
     for item in dataclasses.fields(config):
         flag, value = "--" + item.name.replace("_", "-"), getattr(config, item.name)
         (low, high), choices = item.metadata["within"], item.metadata["choices"]
-        if choices and value not in choices:  # from Python or by hand: argparse saw no typo
+        if choices and value not in choices:
             raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value}")
         if isinstance(value, int | float) and not (low <= value <= high and value < 2**63):
             raise UsageError(f"{flag} must be between {low:g} and {high:g}, not {value}")
@@ -1377,16 +1377,6 @@ def check_context(policy: Policy, config: Config) -> None:
     if longest > context:
         why = f"a dialogue may take {longest} tokens, the model's context has {context}: "
         raise UsageError(why + "lower --max-prompt-tokens, --max-new-tokens or --revisions")
-
-
-def weights_hash(model: Any) -> str:
-    """Which weights are these? A hash over every tensor, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if "lora_" not in name:  # adapters start as nothing: which nothing does not matter
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def load_problems(policy: Policy, config: Config, split: str) -> list[Problem]:
@@ -2244,12 +2234,13 @@ class Run(contextlib.AbstractContextManager):
     def begin(self, policy: Policy, problems: list[Problem]) -> None:
         """Write config.json, and v_star.jsonl as far as it is known. Raises UsageError if what is
         known of stage 1 is of another model or of other problems."""
-        config, weights = self.config, weights_hash(policy.model)
-        # What stage 1's samples depend on (but for the seed: any sample of the reference will do).
+        # What stage 1's samples depend on: not the seed (any sample of the reference will do), nor
+        # LoRA's adapters (they start as nothing).
+        config, named = self.config, sorted(policy.model.state_dict().items())
+        weights = [torch.hash_tensor(t).item() for name, t in named if "lora_" not in name]
         sizes = (config.num_samples, config.temperature, config.revisions, config.max_new_tokens)
-        asked = [(p.index, p.problem, p.answer) for p in problems]
         words = (SOLVE_PROMPT, VERIFY_PROMPT, REVISE_PROMPT, policy.tokenizer.chat_template)
-        made_from = json.dumps([4, weights, sizes, asked, words])  # 4: the version of v_star.jsonl
+        made_from = json.dumps([5, weights, sizes, problems, words], default=vars)  # 5: the version
         self.mark = {"fingerprint": hashlib.sha256(made_from.encode()).hexdigest()[:16]}
         path = self.stage_one if self.stage_one.exists() else Path(config.v_star)
         lines = read_lines(path) if config.v_star or path.is_file() else [self.mark]
