@@ -2159,6 +2159,7 @@ def plot(folders: Sequence[Path], out: Path) -> None:
                 draw_curves(axis, groups, metric, colour)
             limits = (-0.03, 1.03) if unit == "share" else None
             axis.set(title=title, xlabel="update", ylabel=unit, ylim=limits)
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
             if len(metrics) > 1:  # below, where it hides nothing
                 axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
