@@ -196,7 +196,7 @@ class Config:
     samples: int = option(1, "dialogues a problem (K)", AT_LEAST_1, on="eval")
     top_p: float = option(1.0, "share of the likeliest tokens that count", (1e-6, 1), on="eval")
     compare: str = option("", "a second model, or run, on the same problems", on="eval")
-    rollout_tokens: int = option(32768, "sampling: tokens in one batch", AT_LEAST_1, on=BOTH)
+    rollout_tokens: int = option(81920, "sampling: tokens in one batch", AT_LEAST_1, on=BOTH)
     update_tokens: int = option(512, "update: tokens in one pass, with padding", AT_LEAST_1)
     gradient_checkpointing: bool = option(False, "compute activations twice, to save memory")
     lora: int = option(0, "rank of LoRA adapters over frozen weights (0: train all)", (0, 4096))
@@ -471,8 +471,8 @@ def sample(
     # All read as many new tokens, so that padding is on the left only, in the cache as well.
     new = max(len(prompt) - (len(past[0]) if past else 0) for prompt, past in distinct.items())
     cut = [[t[: len(prompt) - new] for t in past] for prompt, past in distinct.items()]
-    layers = [left_pad(layer).transpose(1, 2) for layer in zip(*cut)]  # keys, values, ...
-    cache = Cache(zip(layers[::2], layers[1::2]), config=policy.model.config)
+    layers = (left_pad(layer).transpose(1, 2) for layer in zip(*cut))  # keys, values, keys, ...
+    cache = Cache(zip(layers, layers), config=policy.model.config)
     ends = torch.tensor(policy.end_ids, device=policy.device)
     numbers = torch.from_numpy(u).to(policy.device)
     written = torch.full(u.shape, -1, device=policy.device)  # (B, L); -1: nothing
@@ -493,8 +493,10 @@ def sample(
             stay = running.nonzero()[:, 0]
             if len(stay) <= len(rows) / 2:  # those that have ended leave
                 if pasts and {*map(type, cache.layers)} == {DynamicLayer}:  # others forget
-                    parts = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-                    for i, (row, n) in enumerate(zip(rows.tolist(), mask.sum(1).tolist())):
+                    gone = (~running).nonzero()[:, 0]
+                    parts = [t[gone] for layer in cache.layers for t in (layer.keys, layer.values)]
+                    counts = mask[gone].sum(1).tolist()
+                    for i, (row, n) in enumerate(zip(rows[gone].tolist(), counts)):
                         start = ids.shape[1] - len(prompts[row])
                         pasts[row] = [t[i, :, start : start + n].transpose(0, 1) for t in parts]
                 if len(stay) == 0:
@@ -778,12 +780,12 @@ def n_dialogues(policy: Policy, problems: Sequence[Problem], n: int) -> list[Dia
 
 
 def stage_one(ref: Policy, problems: Sequence[Problem], config: Config, run: Run) -> list[Dialogue]:
-    """The reference's N dialogues about each problem. `rollouts` plays them in parts, the run keeps
-    each; what it has already, after a kill or by --v-star, is not played again."""
+    """The reference's N dialogues about each problem. `rollouts` plays them in parts, `write_rows`
+    keeps each; what the run has already, after a kill or by --v-star, is not played again."""
     wanted = n_dialogues(ref, problems, config.num_samples)
     dialogues = run.played
     for part in rollouts(ref, wanted[len(dialogues) :], config, 0, "stage 1, V*"):
-        run.keep(part)
+        write_rows(run.stage_one, part, append=True)
         dialogues += part
     return dialogues
 
@@ -2092,7 +2094,8 @@ def evaluate_pool(policy: Policy, config: Config) -> dict[str, float | None]:
             ids = policy.prompt_ids(problem) + encode(policy.tokenizer, row["attempt"])
             turn = Turn("solve", 0, 0, row["attempt"], ended=False, correct=row["correct"])
         attempts.append(Dialogue(problem, ids, turns=[turn]))  # somebody's ids: never scored
-    greedy = dataclasses.replace(config, temperature=0.0)
+    half = config.rollout_tokens // 2  # to read whole attempts takes more memory than to write
+    greedy = dataclasses.replace(config, temperature=0.0, rollout_tokens=half)
     seen = statistics(rollout(policy, attempts, greedy, -1, turns=2)).items()
     return {n.replace("_", "_pool_", 1): x for n, x in seen if n.startswith("verifier_")}
 
@@ -2260,10 +2263,6 @@ class Run(contextlib.AbstractContextManager):
         write_rows(self.folder / "config.json", [config], indent=2)
         write_rows(self.stage_one, [self.mark, *self.played])
 
-    def keep(self, dialogues: Sequence[Dialogue]) -> None:
-        """Keep a part of stage 1."""
-        write_rows(self.stage_one, dialogues, append=True)
-
     def after_stage_one(self, dialogues: Sequence[Dialogue], v_star: Baselines) -> list[Problem]:
         """Say what stage 1 found. Returns the problems to train on."""
         if dialogues:  # not with --num-samples 0
@@ -2395,7 +2394,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 WHOLE = dcp.StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
 )
-PART = 256  # dialogues that each process plays before they are kept and the progress bar moves
+PART = 512  # dialogues that each process plays before they are kept and the progress bar moves
 
 
 def add_adapters(policy: Policy, rank: int, seed: int) -> None:
