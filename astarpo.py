@@ -462,7 +462,7 @@ def sample(
     """One response to each of B prompts, at most L tokens long, with its end token if it ended.
 
     u: (B, L), the number that chooses each token. Config says temperature and top_p. pasts:
-    those of the prompts, () for one without; they are brought up to date.
+    those of the prompts, or () for all of them; they are brought up to date.
     """
     distinct = dict(zip(map(tuple, prompts), pasts or [()] * len(prompts)))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
@@ -470,7 +470,7 @@ def sample(
     ids, mask = left_pad(tensors), left_pad([torch.ones_like(t) for t in tensors])  # (B, T)
     # All read as many new tokens, so that padding is on the left only, in the cache as well.
     new = max(len(prompt) - (len(past[0]) if past else 0) for prompt, past in distinct.items())
-    cut = [[t[: len(prompt) - new] for t in past] for prompt, past in distinct.items()]
+    cut = [[t[: max(0, len(prompt) - new)] for t in past] for prompt, past in distinct.items()]
     layers = (left_pad(layer).transpose(1, 2) for layer in zip(*cut))  # keys, values, keys, ...
     cache = Cache(zip(layers, layers), config=policy.model.config)
     ends = torch.tensor(policy.end_ids, device=policy.device)
@@ -492,10 +492,10 @@ def sample(
             running = running & ~torch.isin(token, ends) & (place + 1 < u.shape[1])
             stay = running.nonzero()[:, 0]
             if len(stay) <= len(rows) / 2:  # those that have ended leave
-                if pasts and {*map(type, cache.layers)} == {DynamicLayer}:  # others forget
-                    gone = (~running).nonzero()[:, 0]
+                if pasts and {*map(type, cache.layers)} == {DynamicLayer}:  # other kinds forget
+                    gone = (~running).nonzero()[:, 0] if len(stay) else slice(None)
                     parts = [t[gone] for layer in cache.layers for t in (layer.keys, layer.values)]
-                    counts = mask[gone].sum(1).tolist()
+                    counts = mask[gone].sum(1).tolist()  # all but the last, never read
                     for i, (row, n) in enumerate(zip(rows[gone].tolist(), counts)):
                         start = ids.shape[1] - len(prompts[row])
                         pasts[row] = [t[i, :, start : start + n].transpose(0, 1) for t in parts]
@@ -503,7 +503,7 @@ def sample(
                     break
                 cache.batch_select_indices(stay)
                 rows, token, mask, running = rows[stay], token[stay], mask[stay], running[stay]
-            mask = torch.cat([mask, running[:, None]], 1)
+            mask = torch.cat([mask, running[:, None]], 1)  # hides what follows an end
             logits = read(policy.model, token[:, None], mask, cache)
     return [[token for token in row if token >= 0] for row in written.tolist()]
 
@@ -740,7 +740,7 @@ def rollout(
     """
     mine = deal(dialogues)
     most, room = turns or 1 + 2 * config.revisions, config.max_new_tokens
-    pasts: dict[int, Past] = {}  # of the dialogues, where one batch held all that go on
+    pasts: dict[int, Past] = {}  # of the dialogues, while one batch holds all that go on
     with gathered(policy.model):
         while going := [d for d in mine if len(d.turns) < most and next_role(d)]:
             role = next_role(going[0])  # the others' too: those that go on stand at the same turn
@@ -750,14 +750,14 @@ def rollout(
                 for dialogue in going:
                     dialogue.ids += bridges[dialogue.turns[-1].ended]
             lengths = [len(dialogue.ids) + room for dialogue in going]
-            batches = [*token_batches(lengths, config.rollout_tokens)]  # each of like lengths
+            batches = token_batches(lengths, config.rollout_tokens)  # those of like lengths
             for batch in batches:
                 some = [going[i] for i in batch]
                 counters = np.array([(d.problem.index, d.sample, len(d.turns)) for d in some])
                 u = uniform(config.seed, step, *counters.T[:, :, None], np.arange(room))  # (B, L)
-                known = [pasts.get(id(d), ()) for d in some] if len(batches) == 1 < most else None
+                known = [pasts.pop(id(d), ()) for d in some]
                 add_turns(policy, some, sample(policy, [d.ids for d in some], u, config, known))
-            pasts = dict(zip(map(id, some), known or ()))
+            pasts = dict(zip(map(id, some), known)) if len(batches) == 1 else {}
     for dialogue in mine:
         dialogue.pay(config)  # gives each turn its reward
     return collect(mine, len(dialogues))
@@ -2614,13 +2614,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="evaluate, stage 1, stage 2, evaluate")
     resume = "go on with a run, with its own options but for those that are given"
-    training.add_argument("--resume", default="", metavar="RUN", help=resume)
+    start = training.add_mutually_exclusive_group()  # with a run's options or a preset's
+    start.add_argument("--resume", default="", metavar="RUN", help=resume)
     commands.add_parser("eval", help="evaluate a model on held-out problems")
     solving = commands.add_parser("solve", help="solve one problem and print the dialogue")
     solving.add_argument("problem", help="the problem's text, in quotes")
     preset = "a-po or pag (the sizes for a real model and MATH), or a run's config.json"
     for command, its_parser in commands.choices.items():
-        its_parser.add_argument("--preset", default="", metavar="NAME", help=preset)
+        where = start if command == "train" else its_parser
+        where.add_argument("--preset", default="", metavar="NAME", help=preset)
         add_options(its_parser, command)
     plotting = commands.add_parser("plot", help="draw the dashboard of one or several runs")
     plotting.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
@@ -2659,7 +2661,7 @@ def chosen_config(options: argparse.Namespace) -> Config:
         model = str(newest.parent) if newest else Config().model
         values |= {"model": model, "temperature": None, "eval_limit": 0}
     values |= vars(options) | ({"out": run} if run else {})
-    return Config(**{name: values[name] for name in names})
+    return Config(**{name: values[name] for name in (vars(Config()) if run else names)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
