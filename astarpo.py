@@ -755,7 +755,7 @@ def rollout(
                 some = [going[i] for i in batch]
                 counters = np.array([(d.problem.index, d.sample, len(d.turns)) for d in some])
                 u = uniform(config.seed, step, *counters.T[:, :, None], np.arange(room))  # (B, L)
-                known = [pasts.pop(id(d), ()) for d in some]
+                known = [pasts.pop(id(d), ()) for d in some if most > 1]
                 add_turns(policy, some, sample(policy, [d.ids for d in some], u, config, known))
             pasts = dict(zip(map(id, some), known)) if len(batches) == 1 else {}
     for dialogue in mine:
