@@ -462,7 +462,7 @@ def sample(
     """One response to each of B prompts, at most L tokens long, with its end token if it ended.
 
     u: (B, L), the number that chooses each token. Config says temperature and top_p. pasts:
-    those of the prompts, or () for all of them; they are brought up to date.
+    those of the prompts, each () at first; they are brought up to date.
     """
     distinct = dict(zip(map(tuple, prompts), pasts or [()] * len(prompts)))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
@@ -493,7 +493,7 @@ def sample(
             stay = running.nonzero()[:, 0]
             if len(stay) <= len(rows) / 2:  # those that have ended leave
                 if pasts and {*map(type, cache.layers)} == {DynamicLayer}:  # other kinds forget
-                    gone = (~running).nonzero()[:, 0] if len(stay) else slice(None)
+                    gone = (~running).nonzero()[:, 0] if len(stay) else slice(None)  # all: no copy
                     parts = [t[gone] for layer in cache.layers for t in (layer.keys, layer.values)]
                     counts = mask[gone].sum(1).tolist()  # all but the last, never read
                     for i, (row, n) in enumerate(zip(rows[gone].tolist(), counts)):
@@ -755,7 +755,7 @@ def rollout(
                 some = [going[i] for i in batch]
                 counters = np.array([(d.problem.index, d.sample, len(d.turns)) for d in some])
                 u = uniform(config.seed, step, *counters.T[:, :, None], np.arange(room))  # (B, L)
-                known = [pasts.pop(id(d), ()) for d in some if most > 1]
+                known = [pasts.pop(id(d), ()) for d in some if most > 1]  # else nothing follows
                 add_turns(policy, some, sample(policy, [d.ids for d in some], u, config, known))
             pasts = dict(zip(map(id, some), known)) if len(batches) == 1 else {}
     for dialogue in mine:
@@ -2299,8 +2299,8 @@ class Run(contextlib.AbstractContextManager):
         self.seconds[f"seconds_{what}"] = time.perf_counter() - started
 
     def tell(self, dialogues: Sequence[Dialogue], updates: Sequence[dict[str, float]]) -> None:
-        """A step's line of metrics.jsonl: means over its updates, its dialogues, its costs. It
-        moves the bar; where there is no terminal, a line is printed now and then."""
+        """A step's line of metrics.jsonl: means over its finite updates, its dialogues, its costs.
+        It moves the bar; where there is no terminal, a line is printed now and then."""
         step, steps = len(self.metrics) + 1, self.config.steps
         means = {n: mean(u[n] for u in updates if math.isfinite(u[n])) for n in updates[0]}
         metrics = {"step": step, **means, **statistics(dialogues), **self.seconds}
